@@ -111,7 +111,7 @@ def apply_affine(
     a = affine.unflatten(1, (3, 4))
     return (a[:, :, :3] * x[:, None]).sum(2) + a[:, :, 3]
 
-# %% ../../nbs/models/02_hdrnet.ipynb #d5877e62
+# %% ../../nbs/models/02_hdrnet.ipynb #c8ea84d3
 class HDRNet(nn.Module):
     "Bilateral-grid model; N x 3 x H x W in [0,1] to the same shape, any H and W."
     def __init__(self,
@@ -137,9 +137,20 @@ class HDRNet(nn.Module):
         look_up = slice_grid if torch.is_grad_enabled() or x.is_cuda else slice_rows
         return lifted + apply_affine(look_up(grid, self.guide(lifted), top, height), lifted)
 
+    def decide(self, x): # N x 3 x H x W
+        "The bilateral grid for a photo."
+        return self.grid(lift(self.shrink(x), self.log_gamma))
+
+    def mirrored(self, x): # N x 3 x H x W in [0,1]
+        "The mean of the edits of a photo and of its mirror image; the guide looks at single pixels, so averaging the grids is the same."
+        return self.apply_grid(x, (self.decide(x) + self.decide(x.flip(-1)).flip(-1)) / 2)
+
     def forward(self, x): # N x 3 x H x W in [0,1]
+        return self.apply_grid(x, self.decide(x))
+
+    def apply_grid(self, x, grid): # x: N x 3 x H x W, grid: from `decide`
+        "Edit every pixel; in strips where no gradient is wanted."
         n, _, h, w = x.shape
-        grid = self.grid(lift(self.shrink(x), self.log_gamma))
         rows = max(1, self.strip // (n * w))
         if torch.is_grad_enabled() or rows >= h: return self.edit(x, grid, 0, h)
         out = torch.empty_like(x)
