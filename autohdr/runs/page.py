@@ -15,7 +15,7 @@ from pygments.formatters import HtmlFormatter
 from ..core import write_text
 from .status import read_status
 
-# %% ../../nbs/runs/03_page.ipynb #0b93269a
+# %% ../../nbs/runs/03_page.ipynb #a5afa02f
 _PLOTLY = "application/vnd.plotly.v1+json"
 _USELESS = ("application/javascript", "application/vnd.jupyter.widget-view+json", "text/vnd.mermaid", "application/vnd.plotlyjs.v1+json")
 
@@ -29,6 +29,17 @@ def _ready(data: dict) -> dict:
     if _PLOTLY in data: return {"text/html": _plot(data[_PLOTLY])}
     return {k: v for k, v in data.items() if k not in _USELESS}
 
+def _merged(outputs: list) -> list:
+    "Outputs with what was printed in many small pieces put together again, progress bars reduced to their last state."
+    out = []
+    for output in outputs:
+        last = out[-1] if out else {}
+        if output.output_type == last.get("output_type") == "stream" and output.name == last.name: last.text += output.text
+        else: out.append(output)
+    for output in out:
+        if output.output_type == "stream": output.text = "\n".join(line.rstrip("\r").split("\r")[-1] for line in output.text.split("\n"))
+    return out
+
 # %% ../../nbs/runs/03_page.ipynb #7525e906
 _REMOTE = re.compile(r"""<(script|link|img|iframe|video|audio|source|embed|object)\b[^>]*?\b(?:src|href|data|srcset|poster)\s*=\s*["']?\s*((?:https?:)?//[^"'\s>]*)[^>]*>""", re.I)
 
@@ -38,12 +49,12 @@ def offline(
     "HTML without elements that would be loaded from the network."
     return _REMOTE.sub(lambda m: f"<span class='left-out'>left out, it is not in this file: {html.escape(m[2][:80])}</span>", fragment)
 
-# %% ../../nbs/runs/03_page.ipynb #fdb5f8de
+# %% ../../nbs/runs/03_page.ipynb #35067f10
 _TEMPLATE = """
 {%- extends 'index.html.j2' -%}
 {%- block codecell -%}
 {%- set status = cell.metadata.get('papermill', {}).get('status', '') -%}
-<section class="cell {{ status }}"{% if status == 'failed' %} id="failed"{% endif %}>
+<section class="cell {{ status }}{{ '' if cell.outputs or status == 'pending' else ' quiet' }}"{% if status == 'failed' %} id="failed"{% endif %}>
 <details class="code"><summary>{{ 'Code that did not run' if status == 'pending' else 'Code' }}</summary>
 {{ cell.source | highlight_code(metadata=cell.metadata) }}</details>
 {{ super() }}
@@ -61,7 +72,7 @@ def notebook_html(
     nb = nbformat.from_dict(json.loads(json.dumps(nb)))
     nb.metadata.pop("widgets", None)
     for cell in nb.cells:
-        cell.attachments = cell.get("attachments", {}) if cell.cell_type == "markdown" else {}
+        if "outputs" in cell: cell.outputs = _merged(cell.outputs)
         for output in cell.get("outputs", []):
             if "data" in output: output.data = nbformat.from_dict(_ready(output.data))
     exporter = HTMLExporter(template_name="basic", raw_template=_TEMPLATE, embed_images=True)
@@ -146,10 +157,11 @@ a{color:var(--accent)} a.anchor-link{display:none} blockquote{margin:.4em 0 1em;
 footer{padding-top:28px;padding-bottom:36px;color:var(--soft);font-size:13px}
 """
 
-# %% ../../nbs/runs/03_page.ipynb #8ed33a85
+# %% ../../nbs/runs/03_page.ipynb #eded87ac
 _STYLE_CELLS = """
 summary{cursor:pointer;color:var(--soft);font-size:14px;padding:.15em 0} header details{margin:.2em 0}
-details.code{margin:.1em 0} details.code>summary{font-size:12px;opacity:.65} details.code>summary:hover{opacity:1}
+details.code{margin:.1em 0} details.code>summary{font-size:12px;opacity:.6;text-align:right;list-style:none} details.code>summary:hover{opacity:1}
+details.code>summary::after{content:' \\25be'} body:not(.code) .quiet{display:none} .pending details.code>summary{text-align:left}
 pre{font:13px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,'DejaVu Sans Mono',monospace;background:#f6f7f8;border-radius:6px;padding:.8em 1em;margin:.4em 0;overflow:auto;max-height:28em}
 code{font:.88em ui-monospace,SFMono-Regular,Menlo,Consolas,'DejaVu Sans Mono',monospace;background:#f1f3f4;padding:.1em .35em;border-radius:4px}
 pre code{background:none;padding:0} .highlight pre{background:#f6f7f8} .output_stream pre{max-height:20em} .output_stderr pre{background:#fbf4ee}
@@ -166,14 +178,14 @@ header td{text-align:left;overflow-wrap:anywhere} .changed td{font-weight:700} .
 @media print{nav,details.code,.ah-bar button{display:none}}
 """
 
-# %% ../../nbs/runs/03_page.ipynb #32cd1cde
+# %% ../../nbs/runs/03_page.ipynb #508c2944
 _POLICY = "default-src 'none'; img-src data: blob:; media-src data:; font-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline' 'unsafe-eval'"
 
 def _contents(body: str) -> str:
     "Links to the sections, and a button that unfolds all code."
     found = re.findall(r'<h2 id="([^"]+)">(.*?)<a class="anchor-link"', body, re.S)
     links = "".join(f'<a href="#{anchor}">{re.sub("<[^>]+>", "", text)}</a>' for anchor, text in found)
-    toggle = "const d=[...document.querySelectorAll('details.code')],o=d.some(e=>!e.open);d.forEach(e=>e.open=o);this.textContent=o?'Hide code':'Show code'"
+    toggle = "const o=document.body.classList.toggle('code');document.querySelectorAll('details.code').forEach(e=>e.open=o);this.textContent=o?'Hide code':'Show code'"
     return f"<nav>{links}<button type='button' onclick=\"{toggle}\">Show code</button></nav>"
 
 def _page(title: str, head: str, body: str) -> str:

@@ -15,7 +15,7 @@ from ..core import AutohdrError
 from ..metrics import METRICS
 from .status import environment_info
 
-# %% ../../nbs/runs/02_report.ipynb #f599226f
+# %% ../../nbs/runs/02_report.ipynb #32a32d8d
 _TABLES = """
 .ah{font-family:system-ui,-apple-system,'Segoe UI',Roboto,sans-serif;font-size:15px;line-height:1.5;max-width:1060px}
 .ah table{border-collapse:collapse;margin:.6em 0;font-variant-numeric:tabular-nums;font-size:14px}
@@ -26,21 +26,21 @@ _TABLES = """
 .ah th button{all:unset;cursor:pointer} .ah th button:hover,.ah th button:focus-visible{text-decoration:underline}
 .ah .verdict{display:inline-block;padding:.45em .9em;border-radius:8px;font-weight:600;font-size:16px}
 .ah .good{background:#2f7d6b26;color:#1f7a63} .ah .bad{background:#b4542426;color:#b45424}
-.ah .note{opacity:.7;font-size:13px;margin:.2em 0} .ah .wrap td{white-space:normal;overflow-wrap:anywhere}
+.ah .note{opacity:.7;font-size:13px;margin:.2em 0} .ah .wrap td.text{white-space:normal;overflow-wrap:anywhere}
 """
 
 def _show(body: str, style: str = _TABLES) -> HTML:
     "A piece of a report, with its style."
     return HTML(f"<style>{style}</style><div class='ah'>{body}</div>")
 
-# %% ../../nbs/runs/02_report.ipynb #c145ca58
+# %% ../../nbs/runs/02_report.ipynb #b3021584
 def _metric(
     name: str, # a score's name, such as 'l1', 'psnr_of_mean_mse' or 'l1_window'
 ): # (Metric, label) or None when the score isn't one of ours
     "The metric that a score belongs to and the score's own label."
     base = next((m for m in sorted(METRICS, key=len, reverse=True) if name == m or name.startswith(m + "_")), None)
     if base is None: return None
-    return METRICS[base], METRICS[base].label + name[len(base):].replace("_", " ")
+    return METRICS[base], METRICS[base].label + name[len(base):].replace("_", " ").replace("mse", "MSE")
 
 def _number(name: str, value) -> str:
     "A score as text: four decimals for a score within [0,1], two for decibels and the like."
@@ -107,7 +107,11 @@ def best_epoch(
     if column is None: return None
     return history.epoch[history[column].idxmin()] if "epoch" in history else history[column].idxmin()
 
-# %% ../../nbs/runs/02_report.ipynb #60c43da7
+# %% ../../nbs/runs/02_report.ipynb #23151976
+_COLOURS = dict(train="#8a94a6", val="#1f7a63")
+
+def _colour(column: str) -> str: return _COLOURS["train" if column.startswith("train_") else "val"]
+
 def curves(
     history: pd.DataFrame, # history.csv: a row per epoch
 ): # plotly Figure, one panel under another
@@ -115,22 +119,21 @@ def curves(
     groups = panels(history)
     if not groups: raise AutohdrError(f"history has no numeric column to draw; its columns are: {', '.join(map(str, history.columns))}")
     x = history["epoch"] if "epoch" in history else history.index
-    figure = make_subplots(rows=len(groups), cols=1, shared_xaxes=True, vertical_spacing=0.25/(len(groups) + 1), subplot_titles=list(groups))
-    for row, (name, columns) in enumerate(groups.items(), 1):
+    titles = [", ".join(f"<span style='color:{_colour(c)}'>{c.replace('_', ' ')}</span>" for c in columns) for columns in groups.values()]
+    figure = make_subplots(rows=len(groups), cols=1, shared_xaxes=True, vertical_spacing=0.25/(len(groups) + 1), subplot_titles=titles)
+    for row, columns in enumerate(groups.values(), 1):
         for column in columns:
-            colour = "#8a94a6" if column.startswith("train_") else "#1f7a63"
             figure.add_scatter(x=list(x), y=[float(v) for v in history[column]], name=column, mode="lines+markers" if len(x) < 40 else "lines",
-                               line=dict(color=colour, width=2), showlegend=False, hovertemplate=f"epoch %{{x}}: %{{y:.5g}}<extra>{column}</extra>", row=row, col=1)
-        if name.startswith("lr") and (history[columns] > 0).all().all(): figure.update_yaxes(type="log", row=row, col=1)
+                               line=dict(color=_colour(column), width=2), showlegend=False, hovertemplate=f"epoch %{{x}}: %{{y:.5g}}<extra>{column}</extra>", row=row, col=1)
     return _styled(figure, best_epoch(history), 70 + 190*len(groups))
 
 def _styled(figure, best, height: int):
-    "The look that all figures share, and the mark at the best epoch."
+    "The look of the curves, and the mark at the best epoch."
+    figure.update_annotations(font_size=13, x=0, xanchor="left")
     if best is not None:
         figure.add_vline(x=float(best), line=dict(color="#b45424", dash="dash", width=1))
-        figure.add_annotation(x=float(best), y=1, yref="y domain", text=f"best: {best:g}", showarrow=False, xanchor="left", font=dict(color="#b45424", size=12))
+        figure.add_annotation(x=float(best), y=1, yref="y domain", text=f"best: {best:g}", showarrow=False, xanchor="right", font=dict(color="#b45424", size=12))
     figure.update_layout(template="plotly_white", height=height, margin=dict(l=60, r=20, t=40, b=40), font=dict(family="system-ui, sans-serif", size=13))
-    figure.update_annotations(font_size=13)
     return figure.update_xaxes(title_text="epoch", row=len(list(figure.select_yaxes())), col=1)
 
 # %% ../../nbs/runs/02_report.ipynb #32285f1e
@@ -251,9 +254,10 @@ def facts(
     rows = "".join(f"<tr><td>{html.escape(str(k))}</td><td class='text'>{html.escape(str(v))}</td></tr>" for k, v in values.items())
     return _show(f"<div class='wrap'><table>{rows}</table></div>")
 
-# %% ../../nbs/runs/02_report.ipynb #ab807cbb
+# %% ../../nbs/runs/02_report.ipynb #08bf9677
 def environment() -> HTML:
     "The machine and the versions, as a table."
     info = environment_info()
-    packages = info.pop("packages")
-    return facts({**{k: v for k, v in info.items() if v not in (None, "")}, "packages": ", ".join(f"{k} {v}" for k, v in packages.items())})
+    git, packages = info.pop("git"), info.pop("packages")
+    info |= dict(commit=git.get("commit", "") + (" with changes" if git.get("dirty") else ""), packages=", ".join(f"{k} {v}" for k, v in packages.items()))
+    return facts({k: v for k, v in info.items() if v not in (None, "")})

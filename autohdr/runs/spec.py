@@ -93,10 +93,10 @@ def parse_override(
     try: return p.name, yaml.safe_load(value)
     except yaml.YAMLError: raise AutohdrError(f"The value of '{text}' can't be read; lists are written [1, 2], text with special characters in quotes.") from None
 
-# %% ../../nbs/runs/00_spec.ipynb #fbd81851
+# %% ../../nbs/runs/00_spec.ipynb #25051033
 def is_path(p: Parameter) -> bool:
     "Does the parameter take the path of a file or a folder?"
-    return p.kind == "str" and re.search(r"\b(file|folder|path)s?\b", p.help, re.I) is not None
+    return p.kind == "str" and re.search(r"\b(file|folder|path|checkpoint)s?\b", p.help, re.I) is not None
 
 def resolve_path(
     p: Parameter,
