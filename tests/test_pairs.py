@@ -28,7 +28,7 @@ def table(sizes, start=0):
 
 stages = st.lists(st.lists(st.integers(1, 6), min_size=1, max_size=12), min_size=1, max_size=4)
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(stages, st.integers(1, 6), st.integers(0, 99), st.booleans())
 def test_folds_never_move_never_split_a_property_never_stay_empty(stages, k, seed, single):
     now, start = pd.DataFrame(dict(name=[], property=[])), 0
@@ -48,7 +48,7 @@ def test_folds_never_move_never_split_a_property_never_stay_empty(stages, k, see
         if single: assert counts.max() - counts.min() <= 1
         now = new
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(stages, st.integers(0, 99), st.sampled_from([(.8, .1, .1), (.5, .25, .25), (.34, .33, .33), (.98, .01, .01)]))
 def test_splits_never_move_never_split_a_property_never_stay_empty(stages, seed, fractions):
     now, start = pd.DataFrame(dict(name=[], property=[])), 0
@@ -61,7 +61,7 @@ def test_splits_never_move_never_split_a_property_never_stay_empty(stages, seed,
         if start >= 3: assert set(new.split) == {"train", "val", "test"}
         now = new
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(st.lists(st.integers(1, 5), min_size=5, max_size=30), st.integers(0, 9), st.randoms())
 def test_assignments_do_not_depend_on_the_order_of_rows(sizes, seed, random):
     first = table(sizes)
@@ -71,7 +71,7 @@ def test_assignments_do_not_depend_on_the_order_of_rows(sizes, seed, random):
         a, b = assign(first, seed=seed), assign(first.iloc[order], seed=seed)
         assert a.sort_values("name").iloc[:, 2:].values.tolist() == b.sort_values("name").iloc[:, 2:].values.tolist()
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(st.integers(3, 700), st.integers(0, 20))
 def test_splits_have_the_sizes_asked_for(n, seed):
     counts = assign_splits(table([1] * n), (.8, .1, .1), seed).split.value_counts()

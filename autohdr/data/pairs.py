@@ -64,7 +64,7 @@ def _bare(groups, side, taken):
         out[bare if word.lower() in known and bare not in taken else key] += files
     return out
 
-# %% ../../nbs/data/00_pairs.ipynb #049589d1
+# %% ../../nbs/data/00_pairs.ipynb #30ac9336
 def _match(
     befores, # {key: [files]}
     afters, # the same
@@ -79,9 +79,10 @@ def _match(
     for key in sorted(sides[0].keys() | sides[1].keys()):
         b, a = (side.get(key, []) for side in sides)
         if len(b) == len(a) == 1: rows.append(dict(name=key, before=str(b[0]), after=str(a[0])))
-        elif not a: problems += [_problem(key, f, f"unmatched: no {what[1]} photo for it") for f in b]
-        elif not b: problems += [_problem(key, f, f"unmatched: no {what[0]} photo for it") for f in a]
-        else: problems += [_problem(key, f, f"ambiguous: {len(b)} {what[0]} and {len(a)} {what[1]} photos share the name '{key}'") for f in b + a]
+        else:
+            reason = f"unmatched: no {what[0] if a else what[1]} photo for it" if not (b and a) else \
+                     f"ambiguous: {len(b)} {what[0]} and {len(a)} {what[1]} photos share the name '{key}'"
+            problems += [_problem(key, f, reason) for f in b + a]
     return rows, problems
 
 # %% ../../nbs/data/00_pairs.ipynb #28f41dd0
@@ -100,7 +101,7 @@ def _add_masks(rows, masks):
     used = {row["window"] for row in rows}
     return [_problem(key, f, "unmatched: a window mask without a pair") for key, files in masks.items() for f in files if str(f) not in used]
 
-# %% ../../nbs/data/00_pairs.ipynb #e3713ce3
+# %% ../../nbs/data/00_pairs.ipynb #677cb659
 def _in_folder(folder):
     "The pairs of one folder, by names of its sub-folders or endings of its files."
     files = find_photos(folder) if Path(folder).is_dir() else []
@@ -111,8 +112,8 @@ def _in_folder(folder):
     if not rows:
         places = Counter(f.relative_to(folder).parent.as_posix() for f in files)
         raise AutohdrError(
-            f"No before/after pairs among the {len(files)} photos of '{folder}'. Looked for two sub-folders with the same file names, or file names "
-            f"ending in '_before' and '_after' (words known: {', '.join('/'.join(w) for w in SIDES)}). Found: "
+            f"No before/after pairs among the {len(files)} photos of '{folder}'. Looked for two sub-folders with the same file names, or "
+            f"file names ending in '_before' and '_after' (words known: {', '.join('/'.join(w) for w in SIDES)}). Found: "
             + ", ".join(f"{n} in '{p}'" for p, n in places.most_common(5)) + f", such as '{files[0].name}'. "
             "If the two sub-folders are called something else, give them both: (befores, afters).")
     if masks: problems += _add_masks(rows, masks)
@@ -134,8 +135,8 @@ def match_folders(
         raise AutohdrError(f"No file name occurs once in both folders. Found {found}.")
     return rows, problems
 
-# %% ../../nbs/data/00_pairs.ipynb #8983a343
-COLUMNS = ["name", "before", "after", "property", "split", "fold", "height", "width", "window"]  # in this order; `window` only where there are masks
+# %% ../../nbs/data/00_pairs.ipynb #ca5d558c
+COLUMNS = ["name", "before", "after", "property", "split", "fold", "height", "width", "window"]  # `window` only where there are masks
 SPLITS = ("train", "val", "test")
 
 def _numbers(values, column, missing):
@@ -146,7 +147,7 @@ def _numbers(values, column, missing):
     if len(bad): raise AutohdrError(f"Column '{column}' must hold whole numbers; row {bad.index[0] + 1} says '{bad.iloc[0]}'.")
     return numbers.fillna(missing).astype("int64")
 
-# %% ../../nbs/data/00_pairs.ipynb #98a3f291
+# %% ../../nbs/data/00_pairs.ipynb #214a41cd
 def _complete(
     table, # DataFrame with at least `before` and `after`
     base, # folder that relative paths start from
@@ -154,7 +155,8 @@ def _complete(
     "Bring a table into the form that everything else relies on."
     table = table.rename(columns=lambda c: c.strip().lower() if c.strip().lower() in COLUMNS else c).reset_index(drop=True)
     for column in ("before", "after"):
-        if column not in table: raise AutohdrError(f"A table of pairs needs columns 'before' and 'after'; this one has {', '.join(map(str, table)) or 'none'}.")
+        if column not in table:
+            raise AutohdrError(f"A table of pairs needs columns 'before' and 'after'; this one has {', '.join(map(str, table)) or 'none'}.")
     for column in ("before", "after", "name", "property", "split", "window"):
         if column in table: table[column] = ["" if pd.isna(v) else str(v).strip() for v in table[column]]
         elif column != "window": table[column] = ""
@@ -230,7 +232,7 @@ def _each(function, items, label):
         jobs = {item: pool.submit(function, item) for item in items}
         return {item: job.result() for item, job in progress(jobs.items(), label)}
 
-# %% ../../nbs/data/00_pairs.ipynb #7b39e587
+# %% ../../nbs/data/00_pairs.ipynb #40f9d8dc
 def _pixel_hash(path):
     "Hash of a photo's pixels, however they are stored."
     pixels = read_photo(path).pixels
@@ -238,7 +240,7 @@ def _pixel_hash(path):
 
 def _look_alikes(
     seen, # {path: what `_inspect` found}
-    tolerance: float = 2 / 255, # largest difference of two thumbnails
+    tolerance: float = 6 / 255, # largest difference of two thumbnails
 ) -> set: # of paths
     "Photos whose size and thumbnail agree with another's."
     by_size, found = defaultdict(list), set()
@@ -276,25 +278,25 @@ def _sound(pairs, seen):
     for i, column in enumerate(("height", "width")): good[column] = np.array([seen[b]["size"][i] for b in good["before"]], dtype="int64")
     return good, problems
 
-# %% ../../nbs/data/00_pairs.ipynb #fe15c9f3
+# %% ../../nbs/data/00_pairs.ipynb #c16520d5
 def _distinct(pairs, token):
-    "The pairs that are no copies; problems for copies, and for pairs that share one photo: (kept, problems, [(name, name of the first)])."
+    "The pairs that are no copies, problems, and [(name, name of the first)] for pairs that share one photo only."
     whole, either, keep, problems, shared = {}, {}, [], [], []
-    for row in pairs.sort_values(["split", "name"], ascending=[False, True], kind="stable").to_dict("records"):  # those with a split come first
+    in_order = pairs.sort_values(["split", "name"], ascending=[False, True], kind="stable")  # those that have a split already stay
+    for row in in_order.to_dict("records"):
         name, b, a = row["name"], token[row["before"]], token[row["after"]]
+        first = whole.setdefault((b, a), name)
         if b == a: problems.append(_problem(name, row["after"], "identical: before and after have the same pixels"))
-        elif (b, a) in whole: problems.append(_problem(name, row["before"], f"duplicate: same pixels, before and after, as pair '{whole[b, a]}'"))
+        elif first != name: problems.append(_problem(name, row["before"], f"duplicate: same pixels, before and after, as pair '{first}'"))
         else:
             keep.append(name)
-            whole[b, a] = name
-            for side, t in (("before", b), ("after", a)):
-                first = either.setdefault((side, t), name)
-                if first != name:
-                    problems.append(_problem(name, row[side], f"shared: same {side} photo as pair '{first}'; both are kept, in one property", kept=True))
-                    shared.append((name, first))
-    return pairs[pairs["name"].isin(keep)].copy(), problems, shared
+            shared += [(name, row[side], side, either.setdefault((side, t), name)) for side, t in (("before", b), ("after", a))]
+    shared = [s for s in shared if s[0] != s[3]]
+    problems += [_problem(name, file, f"shared: same {side} photo as pair '{first}'; both are kept, in one property", kept=True)
+                 for name, file, side, first in shared]
+    return pairs[pairs["name"].isin(keep)].copy(), problems, [(name, first) for name, _, _, first in shared]
 
-# %% ../../nbs/data/00_pairs.ipynb #eecee9ff
+# %% ../../nbs/data/00_pairs.ipynb #f4f8d130
 def _properties(
     pairs, # the table
     rule, # None, a regular expression with one group, or a function from name to property
@@ -307,8 +309,9 @@ def _properties(
         if pattern.groups != 1: raise AutohdrError(f"property_from '{rule}' must have one group in parentheses, it has {pattern.groups}.")
     find = rule if callable(rule) else lambda name: (m := pattern.search(name)) and m.group(1)
     found = [find(n) for n in pairs["name"]]
-    if not any(found): raise AutohdrError(f"property_from '{rule}' matches none of the {len(found)} names, such as '{pairs['name'].iloc[0]}'.")
-    problems = [_problem(n, "", "property: the rule finds none in its name; the pair is its own", kept=True) for f, n in zip(found, pairs["name"]) if not f]
+    if not any(found): raise AutohdrError(f"property_from '{rule}' matches none of the {len(found)} names, such as '{min(pairs['name'])}'.")
+    problems = [_problem(n, "", "property: the rule finds none in this name; the pair is its own", kept=True)
+                for f, n in zip(found, pairs["name"]) if not f]
     return [str(f) if f else n for f, n in zip(found, pairs["name"])], problems
 
 # %% ../../nbs/data/00_pairs.ipynb #7d08b84a
@@ -323,7 +326,7 @@ def _join(pairs, shared):
         if not assigned(new): prop = {n: old if p == new else p for n, p in prop.items()}
     pairs["property"] = pairs["name"].map(prop)
 
-# %% ../../nbs/data/00_pairs.ipynb #76d6e381
+# %% ../../nbs/data/00_pairs.ipynb #bafba841
 def _find(source):
     "A raw table and problems from whatever the user has."
     if isinstance(source, pd.DataFrame): return _complete(source, os.getcwd()), []
@@ -341,24 +344,25 @@ def _find(source):
 def _unique(pairs):
     "The pairs whose name is theirs alone, and problems for the others."
     twice = pairs["name"].duplicated(keep=False)
-    return pairs[~twice].copy(), [_problem(r.name, r.before, "ambiguous: another row has the same name") for r in pairs[twice].itertuples(index=False)]
+    problems = [_problem(r["name"], r["before"], "ambiguous: another row has the same name") for r in pairs[twice].to_dict("records")]
+    return pairs[~twice].copy(), problems
 
-# %% ../../nbs/data/00_pairs.ipynb #1815b872
+# %% ../../nbs/data/00_pairs.ipynb #e52f3817
 def _restore(pairs, previous):
     "Carry over what an earlier table knew of the same names, and list pairs that are gone: (pairs, problems)."
     if previous is None: return pairs, []
-    old = (_complete(previous, os.getcwd()) if isinstance(previous, pd.DataFrame) else read_pairs(previous)).drop_duplicates("name").set_index("name")
-    pairs = pairs.copy()
-    known = pairs["name"].isin(old.index)
+    old = _complete(previous, os.getcwd()) if isinstance(previous, pd.DataFrame) else read_pairs(previous)
+    old, pairs = old.drop_duplicates("name").set_index("name"), pairs.copy()
     for column, empty in (("property", ""), ("split", ""), ("fold", -1)):
         stored = pairs["name"].map(old[column])
-        pairs[column] = stored.where(known & (stored != empty), pairs[column]).astype(pairs[column].dtype)
+        pairs[column] = stored.where(stored.notna() & (stored != empty), pairs[column]).astype(pairs[column].dtype)
     for column in [c for c in old if c not in pairs]:
-        pairs[column] = pairs["name"].map(old[column]).fillna("") if old[column].dtype.kind == "O" or column == "window" else pairs["name"].map(old[column])
+        pairs[column] = pairs["name"].map(old[column])
+        if all(isinstance(v, str) for v in old[column]): pairs[column] = pairs[column].fillna("")
     gone = sorted(set(old.index) - set(pairs["name"]))
     return pairs, [_problem(n, old["before"][n], "gone: in the earlier table, but not among the photos now") for n in gone]
 
-# %% ../../nbs/data/00_pairs.ipynb #8812970c
+# %% ../../nbs/data/00_pairs.ipynb #c936b622
 def scan_pairs(
     source, # 'samples', a folder, two folders (befores, afters), a CSV, or a DataFrame with columns before and after
     property_from=None, # regular expression with one group, or function, that finds the property in a pair's name
@@ -377,7 +381,7 @@ def scan_pairs(
     problems = pd.DataFrame([*problems, *more, *faults, *copies, *_mask_faults(pairs)], columns=PROBLEMS)
     if pairs.empty:
         label = "The table" if isinstance(source, pd.DataFrame) else f"'{source}'"
-        raise AutohdrError(f"{label} has no usable pair: " + "; ".join(f"{p.name}: {p.reason}" for p in problems.head(5).itertuples(index=False)))
+        raise AutohdrError(f"{label} has no usable pair: " + "; ".join((problems["name"] + ": " + problems["reason"]).head(5)))
     return pairs.sort_values("name", ignore_index=True), problems
 
 def _mask_faults(pairs):
@@ -405,7 +409,7 @@ def _quotas(
     while sum(quota.values()) > max(n, len(quota)): quota[max((l for l in quota if quota[l] > 1), key=lambda l: quota[l] - exact[l])] -= 1
     return quota
 
-# %% ../../nbs/data/00_pairs.ipynb #ab6008a8
+# %% ../../nbs/data/00_pairs.ipynb #3d483246
 def _place(
     sizes, # {property: how many pairs}
     stored, # {property: label} that must stay
@@ -429,7 +433,8 @@ def _stored(pairs, column, empty):
     known = pairs[pairs[column] != empty].groupby("property")[column].unique()
     for prop, labels in known.items():
         if len(labels) > 1:
-            raise AutohdrError(f"Property '{prop}' is in several {column}s: {', '.join(map(str, sorted(labels)))}. Photos of one property must stay together: "
+            several = ", ".join(map(str, sorted(labels)))
+            raise AutohdrError(f"Property '{prop}' is in several {column}s: {several}. Photos of one property must stay together: "
                                f"correct the column '{column}', or drop it to have everything assigned anew.")
     return {prop: labels[0] for prop, labels in known.items()}
 
@@ -458,7 +463,7 @@ def assign_splits(
     pairs["split"] = pairs["property"].map(_place(sizes, _stored(pairs, "split", ""), shares, seed))
     return pairs
 
-# %% ../../nbs/data/00_pairs.ipynb #e76571b1
+# %% ../../nbs/data/00_pairs.ipynb #75aec675
 def assign_folds(
     pairs: pd.DataFrame, # the table; a fold that is there already stays
     k: int = 5, # number of folds
@@ -471,7 +476,8 @@ def assign_folds(
     if stored and max(stored.values()) + 1 != k:
         raise AutohdrError(f"The table has {max(stored.values()) + 1} folds, but k is {k}. Stored folds are never changed: use the same k, "
                            "or drop the column for a new assignment, pairs.drop(columns='fold').")
-    if not 1 <= k <= len(sizes): raise AutohdrError(f"k={k} folds need at least {max(k, 1)} properties, and k at least 1; there are {len(sizes)} properties.")
+    if not 1 <= k <= len(sizes):
+        raise AutohdrError(f"k={k} folds need k of at least 1 and at least {max(k, 1)} properties; there are {len(sizes)} properties.")
     pairs["fold"] = pairs["property"].map(_place(sizes, stored, dict.fromkeys(range(k), 1 / k), seed)).astype("int64")
     return pairs
 
@@ -561,7 +567,7 @@ def jitter(
     "The same scene exposed and white-balanced otherwise."
     return np.clip(pixels ** np.float32(exponent) * np.asarray(gains, np.float32), 0, 1)
 
-# %% ../../nbs/data/00_pairs.ipynb #b42b8943
+# %% ../../nbs/data/00_pairs.ipynb #4981d4e7
 class PairDataset(Dataset):
     "Pairs at working size as tensors: {'before', 'after': 3 x H x W float32 in [0,1], 'name': str}, and with `windows` 'window': 1 x H x W."
     def __init__(self,
@@ -579,8 +585,9 @@ class PairDataset(Dataset):
         seed: int = 0, # of the crops, flips and jitter
     ):
         self.pairs, self.rows = pairs.reset_index(drop=True), pairs.to_dict("records")
-        self.size, self.squash, self.crop, self.flip, self.seed, self.epoch = size, squash, crop, flip, seed, 0
-        self.crop_scale, self.gamma_jitter, self.gain_jitter, self.windows = crop_scale and tuple(crop_scale), gamma_jitter, gain_jitter, windows
+        self.size, self.squash, self.crop, self.crop_scale = size, squash, crop, crop_scale and tuple(crop_scale)
+        self.flip, self.gamma_jitter, self.gain_jitter, self.windows = flip, gamma_jitter, gain_jitter, windows
+        self.seed, self.epoch = seed, 0
         self.kept, self.room = {}, cache_mb * 2**20 if cache else 0
         self._check()
 
@@ -590,37 +597,38 @@ class PairDataset(Dataset):
         "Choose the epoch, from 0, that the next items and the next pass of a loader belong to."
         self.epoch = int(epoch)
 
-# %% ../../nbs/data/00_pairs.ipynb #aeb74d56
+# %% ../../nbs/data/00_pairs.ipynb #3ea357ee
 @patch
 def shapes(self: PairDataset) -> list: # (height, width) of each item
     "The sizes of the items, from the table (or the files' headers where it has none)."
-    if self.crop: return [(self.crop, self.crop)] * len(self)
-    sizes = [(r.get("height") and r.get("width") and (r["height"], r["width"])) or read_size(r["before"]) for r in self.rows]
+    return [(self.crop, self.crop)] * len(self) if self.crop else self._shapes()
+
+@patch
+def _shapes(self: PairDataset):
+    "The same before cropping."
+    sizes = [(row["height"], row["width"]) if row.get("height") and row.get("width") else read_size(row["before"]) for row in self.rows]
     return [working_size(h, w, self.size, self.squash) for h, w in sizes]
 
 @patch
 def _check(self: PairDataset):
     if not self.rows: raise AutohdrError("No pairs: the table is empty. Does it have pairs of this split or fold?")
     if self.squash and not self.size: raise AutohdrError("squash=True needs a size.")
-    if self.crop_scale is None:
-        crop, self.crop = self.crop, 0
-        shapes = self.shapes()
-        self.crop = crop
-        small = next((i for i, s in enumerate(shapes) if min(s) < crop), None)
-        if small is not None:
-            raise AutohdrError(f"A crop of {crop} px does not fit: '{self.rows[small]['name']}' is {shapes[small][1]} x {shapes[small][0]} at size={self.size}. "
-                               "Use a smaller crop or a larger size, or crop_scale=(low, high), which resizes.")
-    elif not self.crop or len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-        raise AutohdrError(f"crop_scale must be (low, high) with 0 < low <= high <= 1, and needs crop > 0; got crop_scale={self.crop_scale}, crop={self.crop}.")
+    scale = self.crop_scale
+    if scale and (not self.crop or len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1):
+        raise AutohdrError(f"crop_scale must be (low, high) with 0 < low <= high <= 1, and needs crop > 0; got {scale} and crop={self.crop}.")
+    small = [(row["name"], w, h) for row, (h, w) in zip(self.rows, self._shapes()) if min(h, w) < self.crop] if not scale else []
+    if small:
+        raise AutohdrError(f"A crop of {self.crop} px does not fit: '{small[0][0]}' is {small[0][1]} x {small[0][2]} at size={self.size}. "
+                           "Use a smaller crop or a larger size, or crop_scale=(low, high), which resizes.")
 
-# %% ../../nbs/data/00_pairs.ipynb #da62f96a
+# %% ../../nbs/data/00_pairs.ipynb #156e0f86
 @patch
 def _decode(self: PairDataset, index):
     "Before, after (and mask) of one pair as whole numbers."
     row = self.rows[index]
     photos = [_read(row[side], self.size, self.squash) for side in ("before", "after")]
     if photos[0].shape != photos[1].shape:
-        raise AutohdrError(f"Pair '{row['name']}': before is {photos[0].shape[:2]}, after {photos[1].shape[:2]} (height, width). Check the table with scan_pairs.")
+        raise AutohdrError(f"Pair '{row['name']}': before has shape {photos[0].shape}, after {photos[1].shape}. scan_pairs lists such pairs.")
     if self.windows: photos.append(_read_mask(row.get("window", ""), *photos[0].shape[:2]))
     return photos
 
@@ -648,7 +656,7 @@ def preload(self: PairDataset):
 def __getstate__(self: PairDataset):
     return self.__dict__ | dict(kept={}, room=self.room + sum(map(_bytes, self.kept.values())))
 
-# %% ../../nbs/data/00_pairs.ipynb #56070fd9
+# %% ../../nbs/data/00_pairs.ipynb #2aeab14a
 @patch
 def __getitem__(self: PairDataset, item):
     epoch, index = item if isinstance(item, tuple) else (self.epoch, item)
@@ -660,8 +668,8 @@ def __getitem__(self: PairDataset, item):
     if self.crop:
         top, left, side = _square(draw, *photos[0].shape[:2], self.crop, self.crop_scale)
         photos = [p[top:top + side, left:left + side] for p in photos]
-    photos = [_unit(p) for p in photos]
-    if self.crop and photos[0].shape[0] != self.crop: photos = [resize(p, self.crop, self.crop).reshape(self.crop, self.crop, -1) for p in photos]
+        photos = [resize(p, self.crop, self.crop).reshape(self.crop, self.crop, -1) for p in map(_unit, photos)]
+    else: photos = [_unit(p) for p in photos]
     if self.flip and draw[3] < 0.5: photos = [p[:, ::-1] for p in photos]
     if self.gamma_jitter or self.gain_jitter:
         photos[0] = jitter(photos[0], math.exp(self.gamma_jitter * normal[0]), np.exp(self.gain_jitter * normal[1:]))
