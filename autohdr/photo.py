@@ -117,7 +117,7 @@ def _sized_exif(
             if t in (40962, 40963): _put(exif, a + 8, width if t == 40962 else height, kind)
     return bytes(exif)
 
-# %% ../nbs/01_photo.ipynb #a14512b7
+# %% ../nbs/01_photo.ipynb #9ea51a60
 TIFF_TAGS = (270, 271, 272, 282, 283, 296, 305, 306, 315, 33432, 40091, 40092, 40093, 40094, 40095)  # title, make, model, ... copyright
 
 def _tiff_exif(
@@ -127,10 +127,15 @@ def _tiff_exif(
     found, exif = Image.Exif(), Image.Exif()
     found.load_from_fp(file)
     for tag in TIFF_TAGS:
-        if tag in found: exif[tag] = found[tag]
+        if tag in found: exif[tag] = found[tag].encode("latin-1") if isinstance(found[tag], str) else found[tag]  # bytes: Pillow writes ? for é
     for ifd in (0x8769, 0x8825):
         if kept := {k: v for k, v in found.get_ifd(ifd).items() if k not in (37500, 40965)}: exif.get_ifd(ifd).update(kept)
     return exif.tobytes().removeprefix(b"Exif\0\0") if len(exif) or any(exif.get_ifd(i) for i in (0x8769, 0x8825)) else b""
+
+def _any_exif(file) -> bytes:
+    "The same for a file of which this cannot be sure (BigTIFF, CR3): b'' if it is not to be had."
+    try: return _tiff_exif(file)
+    except Exception: return b""
 
 # %% ../nbs/01_photo.ipynb #78773f8b
 @dataclass
@@ -197,7 +202,7 @@ def _png_header(data) -> _Header:
         elif name == b"iCCP": header.icc = zlib.decompressobj().decompress(payload[payload.index(b"\0")+2:], 1 << 24)
     return header
 
-# %% ../nbs/01_photo.ipynb #9a514476
+# %% ../nbs/01_photo.ipynb #8c36fc4c
 _TIFF_CHANNELS = {"MINISBLACK": 1, "MINISWHITE": 1, "RGB": 3, "YCBCR": 3, "PALETTE": 3, "SEPARATED": 4}
 
 def _tiff_header(file) -> _Header:
@@ -211,7 +216,7 @@ def _tiff_header(file) -> _Header:
         icc, turn = page.tags.valueof(34675, b""), page.tags.valueof(274, 1)
         header = _Header("TIFF", page.imagelength, page.imagewidth, b"", icc, _TIFF_CHANNELS[name], int(turn) if 1 <= turn <= 8 else 1)
     file.seek(0)
-    header.exif = _tiff_exif(file)
+    header.exif = _any_exif(file)
     return header
 
 def _webp_header(file) -> _Header:
@@ -219,7 +224,7 @@ def _webp_header(file) -> _Header:
     with WebPImagePlugin.WebPImageFile(file) as image:
         return _Header("WEBP", image.height, image.width, image.info.get("exif", b""), image.info.get("icc_profile", b""))
 
-# %% ../nbs/01_photo.ipynb #98616cd5
+# %% ../nbs/01_photo.ipynb #cae31886
 def _rawpy(path):
     "The rawpy module, or a clear word on how to get it."
     try: return importlib.import_module("rawpy")
@@ -230,12 +235,7 @@ def _raw_header(path, file) -> _Header:
     with _rawpy(path).imread(str(path)) as raw:
         size = raw.sizes
         height, width = (size.width, size.height) if size.flip & 4 else (size.height, size.width)
-    return _Header("RAW", height, width, _raw_exif(file))
-
-def _raw_exif(file) -> bytes:
-    "EXIF of a RAW file built like TIFF, which all but CR3 are; b'' for others."
-    try: return _tiff_exif(file)
-    except Exception: return b""
+    return _Header("RAW", height, width, _any_exif(file))
 
 # %% ../nbs/01_photo.ipynb #51d6b929
 MAX_PIXELS = 250_000_000 # a photo of this size takes 3 GB as float32; larger ones are refused unless asked for
@@ -638,38 +638,49 @@ def _encode_webp(codes, quality, exif, icc) -> bytes:
     Image.fromarray(codes).save(out, "WEBP", quality=quality, lossless=quality == 100, exact=True, method=2, exif=exif, icc_profile=icc)
     return out.getvalue()
 
-# %% ../nbs/01_photo.ipynb #8bad7bbd
+# %% ../nbs/01_photo.ipynb #c06a2a1c
 def _write_tiff(path, codes, exif, icc):
     "Write a TIFF with its EXIF and profile; a last channel beyond 1 or 3 is alpha."
-    found = Image.Exif()
-    found.load(exif)
-    links = {tag: dict(found.get_ifd(tag)) for tag in (0x8769, 0x8825) if found.get_ifd(tag)}
+    plain, links, options = _tiff_tags(exif, path)
     channels = 1 if codes.ndim == 2 else codes.shape[2]
-    options = dict(extrasamples=["unassalpha"]) if channels in (2, 4) else {}
+    if channels in (2, 4): options["extrasamples"] = ["unassalpha"]
     tifffile.imwrite(path, codes, photometric="rgb" if channels > 2 else "minisblack", iccprofile=icc or None, metadata=None, software=False,
                      compression="adobe_deflate", compressionargs={"level": 1}, predictor=True, rowsperstrip=64, byteorder="<",
-                     extratags=[*_plain_tags(found), *((tag - 1, "I", 1, 0, True) for tag in links)], **options)
+                     extratags=[*plain, *((tag - 1, "I", 1, 0, True) for tag in links)], **options)
     with tifffile.TiffFile(path, mode="r+") as tif:
         for tag, values in links.items():
-            end = tif.filehandle.size
+            end = tif.filehandle.seek(0, os.SEEK_END)
             at = end + end % 2  # directories begin at even positions
-            tif.filehandle.seek(end)
             tif.filehandle.write(bytes(end % 2) + _directory(values, at))
             tif.filehandle.seek(tif.pages[0].tags[tag - 1].offset)
             tif.filehandle.write(struct.pack("<HHII", tag, 4, 1, at))
-
-def _plain_tags(found):
-    "The entries of the first directory as tifffile wants them."
-    for tag in TIFF_TAGS:
-        value = found.get(tag)
-        if isinstance(value, str): yield tag, "s", 0, value, True
-        elif isinstance(value, bytes): yield tag, "B", len(value), value, True
 
 def _directory(values, at: int) -> bytes:
     "An EXIF directory (with all it points to) for position `at` of a file."
     ifd = TiffImagePlugin.ImageFileDirectory_v2()
     for tag, value in values.items(): ifd[tag] = value
     return ifd.tobytes(at)
+
+# %% ../nbs/01_photo.ipynb #1cea6bac
+def _tiff_tags(exif, path) -> tuple: # entries for tifffile, the two sub-directories, and resolution as options
+    "Take an EXIF block apart for a TIFF; one that cannot be is dropped with a warning."
+    try:
+        found = Image.Exif()
+        found.load(exif)
+        links = {tag: dict(found.get_ifd(tag)) for tag in (0x8769, 0x8825) if found.get_ifd(tag)}
+        for values in links.values(): _directory(values, 0)
+        dots = dict(resolution=(float(found[282]), float(found[283])), resolutionunit=int(found.get(296, 2))) if 282 in found and 283 in found else {}
+        return list(_plain_tags(found)), links, dots
+    except Exception as e:
+        warnings.warn(f"{path}: its EXIF data cannot be put into a TIFF ({e}) and was dropped.")
+        return [], {}, {}
+
+def _plain_tags(found):
+    "The texts of the first directory as tifffile wants them."
+    for tag in TIFF_TAGS:
+        value = found.get(tag)
+        if isinstance(value, str): value = value.encode("latin-1") + b"\0"  # the bytes as they were: Pillow reads all text as Latin-1
+        if isinstance(value, bytes): yield tag, "B" if 40091 <= tag <= 40095 else "s", len(value), value, True
 
 # %% ../nbs/01_photo.ipynb #773abdc0
 def _on_white(photo) -> Photo:

@@ -1,0 +1,61 @@
+"""Speed as ratios measured in one run, which mean the same on any machine: python -m tests.bench [part of a name]"""
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import imagecodecs
+import numpy as np
+
+from autohdr.photo import ADOBE_RGB, Photo, read_photo, write_photo
+
+
+def fastest(f, repeat=3) -> float:
+    "Seconds of the fastest of some calls, after one to warm up."
+    f()
+    times = []
+    for _ in range(repeat):
+        start = time.perf_counter()
+        f()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def large_jpeg(folder) -> Path:
+    "24 megapixels with the noise and detail of a photograph."
+    rng = np.random.default_rng(0)
+    small = rng.integers(40, 215, (50, 75, 3), dtype=np.uint8)
+    picture = np.kron(small, np.ones((80, 80, 1), np.uint8)) + rng.integers(0, 12, (4000, 6000, 1), dtype=np.uint8)
+    path = Path(folder) / "24mp.jpg"
+    path.write_bytes(imagecodecs.jpeg8_encode(picture, 95))
+    return path
+
+
+def small_read(folder):
+    path = large_jpeg(folder)
+    full, small = fastest(lambda: read_photo(path)), fastest(lambda: read_photo(path, long_side=512))
+    return f"24-megapixel JPEG: reading at 512 px is {full / small:.1f} times as fast as at full size ({small:.2f} s, {full:.2f} s)"
+
+
+def photo_in_and_out(folder):
+    path = large_jpeg(folder)
+    data, photo = path.read_bytes(), read_photo(path)
+    bare = fastest(lambda: imagecodecs.jpeg8_encode(imagecodecs.jpeg8_decode(data), 95))
+    ours = fastest(lambda: read_photo(path)) + fastest(lambda: write_photo(path, photo))
+    return f"24-megapixel JPEG: reading and writing takes {ours / bare:.1f} times the bare codec ({ours:.2f} s, {bare:.2f} s)"
+
+
+def wide_profile(folder):
+    plain = Photo(read_photo(large_jpeg(folder)).pixels)
+    wide = Photo(plain.pixels, icc=ADOBE_RGB)
+    paths = [write_photo(Path(folder) / f"{i}.jpg", p) for i, p in enumerate((plain, wide))]
+    a, b = (fastest(lambda: write_photo(path, read_photo(path))) for path in paths)
+    return f"24-megapixel JPEG: an Adobe RGB profile makes reading and writing take {b / a:.1f} times as long ({b:.2f} s, {a:.2f} s)"
+
+
+BENCHES = [small_read, photo_in_and_out, wide_profile]
+
+if __name__ == "__main__":
+    for bench in BENCHES:
+        if len(sys.argv) > 1 and sys.argv[1] not in bench.__name__: continue
+        with tempfile.TemporaryDirectory() as folder: print(f"{bench.__name__}: {bench(folder)}", flush=True)

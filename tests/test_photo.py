@@ -1,0 +1,358 @@
+"""Photographs from outside: varieties of files that other programs write, judged by Pillow and tifffile."""
+import struct
+import warnings
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+
+import cv2
+import imagecodecs
+import numpy as np
+import pytest
+import tifffile
+from hypothesis import given, settings, strategies as st
+from PIL import Image, ImageCms
+from skimage.color import rgb2lab
+
+import autohdr.photo as ph
+from autohdr.photo import Photo, PhotoError, read_photo, read_size, resize, write_photo
+
+REAL = Path(__file__).parents[2] / "shared" / "data" / "photos"
+P3 = imagecodecs.cms_profile("rgb", whitepoint=(0.3127, 0.3290), primaries=(0.68, 0.32, 0.265, 0.69, 0.15, 0.06), gamma=2.2)
+PROPHOTO = imagecodecs.cms_profile("rgb", whitepoint=(0.3457, 0.3585), primaries=(0.7347, 0.2653, 0.1596, 0.8404, 0.0366, 0.0001), gamma=1.8)
+
+
+@pytest.fixture
+def picture():
+    "A smooth colourful 8-bit picture, 60 x 80."
+    return cv2.resize(np.random.default_rng(0).integers(30, 226, (4, 5, 3), dtype=np.uint8), (80, 60), interpolation=cv2.INTER_LINEAR)
+
+
+def camera_exif(orientation=1, maker_note=b"MAKER" * 20):
+    exif = Image.Exif()
+    exif[271], exif[306], exif[315], exif[274] = "Maker", "2024:05:06 07:08:09", "A. Photographer", orientation
+    exif.get_ifd(0x8769).update({33434: 0.008, 37500: maker_note, 40962: 80, 40963: 60, 36867: "2024:05:06 07:08:09"})
+    exif.get_ifd(0x8825).update({1: "N", 2: (52.0, 30.0, 15.5)})
+    return exif
+
+
+# ---- EXIF
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("target", ["jpg", "png", "webp", "tif"])
+def test_exif_survives_every_change_of_format(tmp_path, picture, suffix, target):
+    source = tmp_path / f"in.{suffix}"
+    Image.fromarray(picture).save(source, exif=camera_exif(6).tobytes())
+    photo = read_photo(source)
+    assert photo.pixels.shape == (80, 60, 3) and read_size(source) == (80, 60)
+    out = write_photo(tmp_path / f"out.{target}", photo)
+    with Image.open(out) as image:
+        image.load()
+        exif = image.getexif()
+    assert image.size == (60, 80)
+    assert exif[271] == "Maker" and exif[315] == "A. Photographer" and exif.get(274, 1) == 1
+    sub, gps = exif.get_ifd(0x8769), exif.get_ifd(0x8825)
+    assert sub[33434] == pytest.approx(0.008) and sub[36867] == "2024:05:06 07:08:09"
+    assert gps[1] == "N" and [float(x) for x in gps[2]] == [52.0, 30.0, 15.5]
+    if 40962 in sub: assert (sub[40962], sub[40963]) == (60, 80), "the size in EXIF must follow the turn"
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["jpg", "tif"])
+def test_every_orientation_is_applied_once(tmp_path, picture, orientation, suffix):
+    upright = Image.fromarray(picture)
+    exif = Image.Exif()
+    exif[274] = orientation
+    upright.save(tmp_path / f"in.{suffix}", exif=exif)
+    from PIL import ImageOps
+    with Image.open(tmp_path / f"in.{suffix}") as image: expected = np.asarray(ImageOps.exif_transpose(image))
+    photo = read_photo(tmp_path / f"in.{suffix}")
+    assert np.abs(photo.pixels * 255 - expected).max() < 4
+    again = read_photo(write_photo(tmp_path / f"out.{suffix}", photo))
+    assert np.abs(again.pixels * 255 - expected).max() < 8
+
+
+def with_thumbnail(thumbnail, byteorder="<"):
+    "An EXIF block by hand: orientation 8, and a second directory with a thumbnail."
+    e = byteorder
+    first = struct.pack(e + "H", 1) + struct.pack(e + "HHIHH", 274, 3, 1, 8, 0) + struct.pack(e + "I", 26)
+    second = struct.pack(e + "H", 2) + struct.pack(e + "HHII", 513, 4, 1, 56) + struct.pack(e + "HHII", 514, 4, 1, len(thumbnail)) + bytes(4)
+    return (b"II*\0" if e == "<" else b"MM\0*") + struct.pack(e + "I", 8) + first + second + thumbnail
+
+
+@pytest.mark.parametrize("byteorder", "<>")
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_stale_thumbnail_is_dropped(tmp_path, picture, byteorder, suffix):
+    thumbnail = imagecodecs.jpeg8_encode(picture[:8, :8], 50)
+    block = with_thumbnail(thumbnail, byteorder)
+    Image.fromarray(picture).save(tmp_path / f"in.{suffix}", exif=b"Exif\0\0" + block)
+    assert thumbnail in (tmp_path / f"in.{suffix}").read_bytes()
+    out = write_photo(tmp_path / f"out.{suffix}", read_photo(tmp_path / f"in.{suffix}"))
+    assert thumbnail not in out.read_bytes()
+    with Image.open(out) as image: assert not image.getexif().get_ifd(1)
+    assert read_size(out) == (80, 60)
+
+
+def test_maker_notes_stay_where_they_are(tmp_path, picture):
+    block = camera_exif(maker_note=b"\x01\x02secret" * 9).tobytes()
+    Image.fromarray(picture).save(tmp_path / "in.jpg", exif=block)
+    read = read_photo(tmp_path / "in.jpg").exif
+    assert len(read) == len(block) - 6 and read.index(b"secret") == block.index(b"secret") - 6
+
+
+def test_exif_too_large_for_a_jpeg_loses_only_its_maker_notes(tmp_path, picture):
+    photo = Photo(picture / np.float32(255), exif=camera_exif(maker_note=bytes(70_000)).tobytes()[6:])
+    with pytest.warns(UserWarning, match="out.jpg.*maker notes"): out = write_photo(tmp_path / "out.jpg", photo)
+    with Image.open(out) as image: assert image.getexif()[271] == "Maker"
+
+
+def test_damaged_exif_and_profile_do_not_stop_a_photo(tmp_path, picture):
+    Image.fromarray(picture).save(tmp_path / "a.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff\1\2", icc_profile=b"no profile at all" * 20)
+    with pytest.warns(UserWarning, match="a.jpg") as caught: photo = read_photo(tmp_path / "a.jpg")
+    assert len(caught) == 2 and (photo.exif, photo.icc) == (b"", b"")
+
+
+def test_tiff_keeps_resolution_and_any_script(tmp_path, picture):
+    exif = Image.Exif()
+    exif[282], exif[283], exif[296], exif[315] = 300.0, 300.0, 2, "José Ångström".encode()
+    out = write_photo(tmp_path / "a.tif", Photo(picture / np.float32(255), exif=exif.tobytes()[6:]))
+    with tifffile.TiffFile(out) as tif:
+        assert tif.pages[0].tags[282].value == (300, 1) and tif.pages[0].tags[315].value == "José Ångström"
+    with Image.open(write_photo(tmp_path / "b.jpg", read_photo(out))) as image:
+        assert image.getexif()[315].encode("latin-1").decode() == "José Ångström" and image.getexif()[282] == 300
+
+
+# ---- colour
+
+@pytest.mark.parametrize("icc", [ph.ADOBE_RGB, P3, PROPHOTO], ids=["adobe", "p3", "prophoto"])
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
+def test_profile_is_honoured_and_returned(tmp_path, picture, icc, suffix):
+    source = tmp_path / f"in.{suffix}"
+    Image.fromarray(picture).save(source, icc_profile=icc, **(dict(quality=100, subsampling=0) if suffix == "jpg" else dict(lossless=True) if suffix == "webp" else {}))
+    photo = read_photo(source)
+    with Image.open(source) as image: stored = np.asarray(image)
+    expected = np.clip(imagecodecs.cms_transform(stored, icc, ph.SRGB, colorspace="rgb", outcolorspace="rgb", outdtype="float32", intent=1), 0, 1)
+    assert np.abs(photo.pixels - expected).max() < 2e-3
+    assert np.abs(photo.pixels - stored / 255).max() > 0.02, "the profile must have made a difference"
+    out = write_photo(tmp_path / f"out.{suffix}", photo, quality=100)
+    with Image.open(out) as image: again, carried = np.asarray(image).astype(int), image.info["icc_profile"]
+    assert carried == icc and np.abs(again - stored).max() <= (4 if suffix == "jpg" else 1)
+
+
+def test_profiles_of_tables_take_the_slow_way_to_the_same_place(tmp_path, picture, monkeypatch):
+    source = tmp_path / "in.png"
+    Image.fromarray(picture).save(source, icc_profile=P3)
+    fast = read_photo(source)
+    ph._space.cache_clear()
+    monkeypatch.setattr(ph, "_matrix_space", lambda icc: None)
+    slow = read_photo(source)
+    assert ph._space(P3).kind == "cms"
+    out = write_photo(tmp_path / "out.png", slow)
+    ph._space.cache_clear()
+    assert np.abs(fast.pixels - slow.pixels).max() < 1e-3
+    with Image.open(out) as image: assert np.abs(np.asarray(image).astype(int) - picture).max() <= 1
+
+
+def test_colours_beyond_srgb_survive_an_edit(tmp_path):
+    pure = np.zeros((40, 60, 3), np.uint8)
+    pure[:, :20, 0] = pure[:, 20:40, 1] = pure[:, 40:, 2] = 230
+    Image.fromarray(pure).save(tmp_path / "in.png", icc_profile=P3)
+    photo = read_photo(tmp_path / "in.png")
+    assert photo.pixels.min() >= 0 and photo.pixels.max() <= 1
+    with Image.open(write_photo(tmp_path / "same.png", photo)) as image: assert np.abs(np.asarray(image).astype(int) - pure).max() <= 1
+    with Image.open(write_photo(tmp_path / "dark.png", replace(photo, pixels=photo.pixels * 0.8))) as image: dark = np.asarray(image)
+    with Image.open(write_photo(tmp_path / "flat.png", replace(photo, pixels=photo.pixels * 0.8, wide=None))) as image: flat = np.asarray(image)
+    for x, channel in ((10, 0), (30, 1), (50, 2)):
+        others = [c for c in range(3) if c != channel]
+        assert dark[20, x, others].max() <= flat[20, x, others].max() and 140 < dark[20, x, channel] < 215
+    assert dark[20, 30, 0] < flat[20, 30, 0] - 30, "the green must stay deeper than sRGB allows"
+
+
+def test_adobe_rgb_declared_only_in_exif(tmp_path, picture):
+    exif = Image.Exif()
+    exif.get_ifd(0x8769).update({40961: 65535, 40965: {1: "R03"}})
+    Image.fromarray(picture).save(tmp_path / "in.jpg", quality=100, subsampling=0, exif=exif)
+    photo = read_photo(tmp_path / "in.jpg")
+    assert photo.icc == ph.ADOBE_RGB and np.abs(photo.pixels - picture / 255).max() > 0.02
+
+
+def cmyk_profile():
+    "A CMYK profile made of nothing but its 16 corners (ICC.1, lut8Type), RGB = (1 - ink)(1 - black)."
+    corners = np.stack(np.meshgrid(*[[0, 1]] * 4, indexing="ij"), -1).reshape(-1, 4)
+    lab = rgb2lab(((1 - corners[:, :3]) * (1 - corners[:, 3:]) * 0.9 + 0.05)[None], illuminant="D65")[0]
+    table = np.clip(np.stack([lab[:, 0] * 2.55, lab[:, 1] + 128, lab[:, 2] + 128], 1).round(), 0, 255).astype(np.uint8).tobytes()
+    ramp, fixed = bytes(range(256)), lambda v: struct.pack(">i", round(v * 65536))
+    lut = b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + b"".join(fixed(v) for v in (1, 0, 0, 0, 1, 0, 0, 0, 1)) + ramp * 4 + table + ramp * 3
+    lut += bytes(-len(lut) % 4)
+    tags = {b"A2B0": lut, b"wtpt": b"XYZ " + bytes(4) + fixed(0.9642) + fixed(1) + fixed(0.8249), b"cprt": b"text" + bytes(8),
+            b"desc": b"desc" + bytes(4) + struct.pack(">I", 5) + b"test\0" + bytes(83)}
+    at, index, body = 128 + 4 + 12 * len(tags), b"", b""
+    for name, data in tags.items():
+        index += name + struct.pack(">II", at + len(body), len(data))
+        body += data
+    head = struct.pack(">I4sI4s4s4s", at + len(body), b"lcms", 0x02400000, b"prtr", b"CMYK", b"Lab ") + bytes(12) + b"acsp" + bytes(24)
+    head += struct.pack(">I", 0) + fixed(0.9642) + fixed(1) + fixed(0.8249)
+    return head.ljust(128, b"\0") + struct.pack(">I", len(tags)) + index + body
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "tif"])
+def test_cmyk_goes_through_its_profile_and_comes_out_as_srgb(tmp_path, suffix):
+    ink = np.zeros((32, 64, 4), np.uint8)
+    ink[:, 16:32, 0], ink[:, 32:48, 1], ink[:, 48:, 3] = 255, 255, 128
+    options = dict(quality=100, subsampling=0) if suffix == "jpg" else {}
+    Image.fromarray(ink, "CMYK").save(tmp_path / f"in.{suffix}", icc_profile=cmyk_profile(), **options)
+    photo = read_photo(tmp_path / f"in.{suffix}")
+    paper, cyan, magenta, half = (photo.pixels[16, x] for x in (8, 24, 40, 56))
+    assert paper.min() > 0.9 and cyan[0] < 0.3 and min(cyan[1:]) > 0.8 and magenta[1] < 0.3 and 0.3 < half.mean() < 0.7
+    assert photo.icc == b"" and read_photo(write_photo(tmp_path / "out.jpg", photo)).pixels.shape == (32, 64, 3)
+    assert read_photo(tmp_path / f"in.{suffix}", long_side=32).pixels.shape == (16, 32, 3)
+
+
+def test_profile_of_the_wrong_kind_is_dropped_with_a_warning(tmp_path, picture):
+    Image.fromarray(picture).save(tmp_path / "in.png", icc_profile=cmyk_profile())
+    with pytest.warns(UserWarning, match="in.png.*cmyk"): assert read_photo(tmp_path / "in.png").icc == b""
+
+
+# ---- varieties of files
+
+def test_sixteen_bits_without_profile_are_exact(tmp_path):
+    codes = np.random.default_rng(1).integers(0, 65536, (50, 70, 3), dtype=np.uint16)
+    for suffix in ("png", "tif"):
+        tifffile.imwrite(tmp_path / "in.tif", codes, photometric="rgb")
+        out = write_photo(tmp_path / f"out.{suffix}", read_photo(tmp_path / "in.tif"))
+        assert np.array_equal(tifffile.imread(out) if suffix == "tif" else imagecodecs.png_decode(out.read_bytes()), codes)
+    low = write_photo(tmp_path / "low.png", read_photo(tmp_path / "in.tif"), bit_depth=8)
+    assert np.array_equal(imagecodecs.png_decode(low.read_bytes()), np.rint(codes / 257).astype(np.uint8)), "rounded, not cut off"
+
+
+@pytest.mark.parametrize("kind", ["planar", "tiled", "lzw", "white is zero", "palette", "bigtiff", "big-endian", "premultiplied", "mask"])
+def test_tiff_varieties(tmp_path, picture, kind):
+    path, rgb, expected = tmp_path / "a.tif", dict(photometric="rgb"), picture / 255
+    alpha = np.full(picture.shape[:2], 128, np.uint8)
+    if kind == "planar": tifffile.imwrite(path, picture.transpose(2, 0, 1), planarconfig="separate", **rgb)
+    if kind == "tiled": tifffile.imwrite(path, picture, tile=(32, 32), compression="zlib", **rgb)
+    if kind == "lzw": tifffile.imwrite(path, picture, compression="lzw", predictor=True, **rgb)
+    if kind == "bigtiff": tifffile.imwrite(path, picture, bigtiff=True, **rgb)
+    if kind == "big-endian": tifffile.imwrite(path, picture.astype(np.uint16) * 257, byteorder=">", **rgb)
+    if kind == "white is zero":
+        tifffile.imwrite(path, 255 - picture[..., 0], photometric="miniswhite")
+        expected = np.repeat(picture[..., :1], 3, 2) / 255
+    if kind == "palette":
+        tifffile.imwrite(path, picture[..., 0], photometric="palette", colormap=np.uint16([range(256), [0] * 256, [99] * 256]) * 257)
+        expected = np.dstack([picture[..., 0], 0 * alpha, 0 * alpha + 99]) / 255
+    if kind == "premultiplied": tifffile.imwrite(path, np.dstack([(picture * (128 / 255)).round().astype(np.uint8), alpha]), extrasamples=["assocalpha"], **rgb)
+    if kind == "mask": tifffile.imwrite(path, np.dstack([picture, alpha]), extrasamples=["unspecified"], **rgb)
+    photo = read_photo(path)
+    assert np.abs(photo.pixels - expected).max() < (1.1 / 128 if kind == "premultiplied" else 1e-6)
+    assert photo.grey == (kind == "white is zero") and photo.bit_depth == (16 if kind == "big-endian" else 8)
+    assert (photo.alpha is not None) == (kind == "premultiplied")
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBA", "I;16"])
+def test_png_varieties(tmp_path, picture, mode):
+    image = Image.fromarray(picture[..., 0].astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(picture).convert("P" if mode == "PA" else mode)
+    image.save(tmp_path / "a.png", **(dict(transparency=3) if mode == "PA" else {}))
+    photo = read_photo(tmp_path / "a.png")
+    expected = np.repeat(picture[..., :1], 3, 2) if mode == "I;16" else np.asarray(image.convert("RGBA"))[..., :3]
+    assert np.abs(photo.pixels * 255 - expected).max() < 1e-3
+    assert photo.grey == (mode in ("1", "L", "LA", "I;16")) and (photo.alpha is not None) == (mode in ("LA", "PA", "RGBA"))
+    out = read_photo(write_photo(tmp_path / "out.png", photo))
+    assert np.array_equal(out.pixels, photo.pixels) and (out.grey, out.bit_depth) == (photo.grey, photo.bit_depth)
+
+
+@pytest.mark.parametrize("options", [dict(progressive=True), dict(subsampling=2), dict(restart_marker_blocks=1), dict(optimize=True)], ids=str)
+def test_jpeg_varieties(tmp_path, picture, options):
+    Image.fromarray(picture).save(tmp_path / "a.jpg", quality=98, **options)
+    photo = read_photo(tmp_path / "a.jpg")
+    assert np.abs(photo.pixels * 255 - picture).mean() < 2
+    data = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "trailer.jpg").write_bytes(data + b"a phone appends all sorts of things" * 9)
+    assert np.array_equal(read_photo(tmp_path / "trailer.jpg").pixels, photo.pixels)
+    for keep in (0.3, 0.6, 0.95):
+        (tmp_path / "cut.jpg").write_bytes(data[:int(len(data) * keep)])
+        with pytest.raises(PhotoError, match="cut.jpg"): read_photo(tmp_path / "cut.jpg")
+    (tmp_path / "hole.jpg").write_bytes(data[:len(data) // 2] + bytes(len(data) // 2))  # a copy that stopped on a full disk
+    with pytest.raises(PhotoError, match="hole.jpg"): read_photo(tmp_path / "hole.jpg")
+
+
+def test_wrongly_named_file_is_told_by_its_content(tmp_path, picture):
+    (tmp_path / "really_jpeg.png").write_bytes(imagecodecs.jpeg8_encode(picture, 98))
+    assert read_photo(tmp_path / "really_jpeg.png").format == "JPEG"
+
+
+def test_refusals_name_the_file(tmp_path, picture):
+    tifffile.imwrite(tmp_path / "float.tif", picture.astype(np.float32), photometric="rgb")
+    with pytest.raises(PhotoError, match="float.tif.*float32.*8- or 16-bit"): read_photo(tmp_path / "float.tif")
+    tifffile.imwrite(tmp_path / "lab.tif", picture, photometric="cielab")
+    with pytest.raises(PhotoError, match="lab.tif.*CIELAB"): read_photo(tmp_path / "lab.tif")
+    (tmp_path / "page.jpg").write_text("<html>404</html>")
+    with pytest.raises(PhotoError, match="page.jpg: not a photograph"): read_photo(tmp_path / "page.jpg")
+    (tmp_path / "full").write_text("a file, not a folder")
+    with pytest.raises((PhotoError, OSError)): write_photo(tmp_path / "full" / "a.jpg", picture / np.float32(255))
+
+
+def test_a_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
+    bomb = bytearray(imagecodecs.png_encode(np.zeros((8, 8, 3), np.uint8)))
+    bomb[16:24] = struct.pack(">II", 60000, 60000)
+    (tmp_path / "bomb.png").write_bytes(bomb)
+    for name in ("png_decode", "jpeg8_decode"): monkeypatch.setattr(ph.imagecodecs, name, lambda *a, **k: pytest.fail("it was decoded"))
+    for call in (read_photo, read_size):
+        with pytest.raises(PhotoError, match="bomb.png.*60000 x 60000.*max_pixels"): call(tmp_path / "bomb.png")
+
+
+def test_failed_write_leaves_the_old_file(tmp_path, picture, monkeypatch):
+    out = write_photo(tmp_path / "a.jpg", picture / np.float32(255))
+    before = out.read_bytes()
+    monkeypatch.setattr(ph, "_with_segments", lambda *a: 1 / 0)
+    with pytest.raises(PhotoError, match="a.jpg"): write_photo(out, picture / np.float32(255))
+    assert out.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.jpg"]
+
+
+@pytest.mark.parametrize("subsampling, factors", [("4:4:4", (1, 1)), ("4:2:2", (2, 1)), ("4:2:0", (2, 2))])
+def test_jpeg_settings_reach_the_file(tmp_path, picture, subsampling, factors):
+    out = write_photo(tmp_path / "a.jpg", picture / np.float32(255), quality=80, subsampling=subsampling)
+    with Image.open(out) as image: assert image.layer[0][1:3] == factors
+    assert len(out.read_bytes()) < len(write_photo(tmp_path / "b.jpg", picture / np.float32(255), quality=99, subsampling=subsampling).read_bytes())
+
+
+# ---- size
+
+def test_small_reads_use_the_decoders_reduction(tmp_path, monkeypatch):
+    y, x = np.mgrid[0:1600, 0:2400].astype(np.float32)
+    large = np.uint8(127 + 60 * np.sin(x / 90)[..., None] * np.cos(y / 70)[..., None] * np.float32([1, 0.8, 0.5]))
+    (tmp_path / "a.jpg").write_bytes(imagecodecs.jpeg8_encode(large, 95))
+    full = resize(read_photo(tmp_path / "a.jpg").pixels, 341, 512)
+    sizes, decode = [], cv2.imdecode
+    monkeypatch.setattr(ph.cv2, "imdecode", lambda *a: (out := decode(*a), sizes.append(out.shape))[0])
+    monkeypatch.setattr(ph.imagecodecs, "jpeg8_decode", lambda *a: pytest.fail("decoded at full size"))
+    small = read_photo(tmp_path / "a.jpg", long_side=512)
+    assert sizes == [(400, 600, 3)], "a quarter: the smallest that is not below 512"
+    assert small.pixels.shape == (341, 512, 3) and np.abs(small.pixels - full).max() < 0.02
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 60), st.integers(1, 60))
+def test_resize_keeps_the_shape_and_the_mean(h, w, to_h, to_w):
+    flat = np.full((h, w, 3), 0.3, np.float32)
+    out = resize(flat, to_h, to_w)
+    assert out.shape == (to_h, to_w, 3) and np.abs(out - 0.3).max() < 1e-5
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 20), st.integers(1, 20), st.sampled_from(["jpg", "png", "tif", "webp"]), st.sampled_from([b"", P3]), st.booleans())
+def test_any_size_goes_there_and_back(tmp_path_factory, h, w, suffix, icc, has_alpha):
+    folder = tmp_path_factory.mktemp("any")
+    pixels = np.full((h, w, 3), (0.2, 0.5, 0.8), np.float32)
+    photo = read_photo(write_photo(folder / f"a.{suffix}", Photo(pixels, icc=icc, alpha=np.ones((h, w), np.float32) if has_alpha else None)))
+    assert photo.pixels.shape == (h, w, 3) and np.abs(photo.pixels - pixels).max() < 0.03 and photo.icc == icc
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="needs the real photographs of ../shared/data")
+def test_real_photographs(tmp_path):
+    for path in ph.find_photos(REAL)[:2]:
+        photo = read_photo(path)
+        assert photo.pixels.shape[:2] == read_size(path) and not photo.icc
+        with Image.open(path) as image: assert np.abs(photo.pixels * 255 - np.asarray(image)).max() < 1e-3
+        assert np.array_equal(read_photo(write_photo(tmp_path / "a.png", photo)).pixels, photo.pixels)
+        again = read_photo(write_photo(tmp_path / "a.jpg", photo))
+        assert np.sqrt(np.mean((again.pixels - photo.pixels) ** 2)) * 255 < 2
