@@ -214,6 +214,13 @@ def test_jitter_has_the_spread_asked_for(tmp_path):
         gains.append(np.log(ds[0]["before"][:, 0, 0].numpy() / ds[0]["after"][:, 0, 0].numpy()))
     assert abs(np.mean(gains)) < .01 and .09 < np.std(gains) < .11
 
+def test_scores_are_taken_on_what_the_validation_sees(tmp_path):
+    pairs, _ = scan_pairs(write_pairs(tmp_path, "12", 90, 120))
+    for size, squash in ((None, False), (50, False), (64, True)):
+        before, after, _ = read_pair(pairs.iloc[1], size, squash)
+        item = PairDataset(pairs, size, squash=squash)[1]
+        assert (item["before"].permute(1, 2, 0).numpy() == before).all() and (item["after"].permute(1, 2, 0).numpy() == after).all()
+
 def test_the_memory_limit_is_kept(tmp_path):
     pairs, _ = scan_pairs(write_pairs(tmp_path, "1234", 400, 600))  # 2 x 720 kB at full size
     ds = PairDataset(pairs, None, cache_mb=3).preload()
