@@ -58,14 +58,14 @@ def evaluate(
                     | score(np.clip(pred, 0, 1), after, window))
     return pd.DataFrame(rows)
 
-# %% ../../nbs/inference/03_evaluate.ipynb #87e1b3e0
+# %% ../../nbs/inference/03_evaluate.ipynb #99e11c4c
 def _grid(pairs, size, squash, most=20_000):
-    "Befores and afters of all pairs as lists of N x 1 x 3 arrays, at most about `most` pixels of each photo."
+    "Befores and afters of all pairs, each thinned to about `most` pixels."
     befores, afters = [], []
     for row in progress(pairs.to_dict("records"), "Reading training pairs"):
         before, after, _ = read_pair(row, size, squash)
         step = max(1, round((before.shape[0] * before.shape[1] / most) ** 0.5))
-        for photos, pixels in ((befores, before), (afters, after)): photos.append(pixels[::step, ::step].reshape(-1, 1, 3))
+        for photos, pixels in ((befores, before), (afters, after)): photos.append(pixels[::step, ::step].copy())
     return befores, afters
 
 def _no_leak(train, test):
