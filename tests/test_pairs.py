@@ -146,6 +146,18 @@ def test_the_pair_that_was_there_first_stays(tmp_path):
     pairs, problems = make_table(tmp_path, tmp_path/"t.csv", k=3)
     assert list(pairs.name) == ["5", "6", "7"] and list(problems.name) == ["0"] and "duplicate" in problems.reason[0]
 
+def test_a_new_pair_that_shares_a_photo_goes_where_its_twin_is(tmp_path):
+    write_pairs(tmp_path, "123456")
+    first, _ = make_table(tmp_path, tmp_path/"t.csv", k=3)
+    for twin in "123":  # three new befores with the afters of old pairs
+        write_photo(tmp_path/"before"/f"new{twin}.png", toy(50 + int(twin)))
+        shutil.copy(tmp_path/"after"/f"{twin}.png", tmp_path/"after"/f"new{twin}.png")
+    second, problems = make_table(tmp_path, tmp_path/"t.csv")
+    second = second.set_index("name")
+    for twin in "123": assert (second.loc[f"new{twin}", ["split", "fold", "property"]] == second.loc[twin, ["split", "fold", "property"]]).all()
+    assert second.loc[first.name, "fold"].tolist() == first.fold.tolist()
+    assert sorted(problems.name) == ["new1", "new2", "new3"] and problems.kept.all() and problems.reason.str.startswith("shared").all()
+
 def test_photos_of_one_house_stay_together_when_it_grows(tmp_path):
     write_pairs(tmp_path, [f"h{h}-{i}" for h in range(6) for i in range(2)])
     first, _ = make_table(tmp_path, tmp_path/"t.csv", property_from=r"^(h\d)-", k=3)
