@@ -19,7 +19,10 @@ from .page import duration, plain, render
 from .spec import Spec, command
 from .status import environment_info, now, read_status, write_status
 
-# %% ../../nbs/runs/04_execute.ipynb #51d846c2
+# %% ../../nbs/runs/04_execute.ipynb #a451f13d
+_LAUNCH = ("import faulthandler, os, sys; faulthandler.enable(os.dup(2)); sys.path = [p for p in sys.path if p]; "
+           "from ipykernel import kernelapp; kernelapp.launch_new_instance()")
+
 class _Kernel(AsyncKernelManager):
     "A kernel of this very Python, reached through files of its own."
     popen = None # its process, kept after its end for the exit code
@@ -30,7 +33,7 @@ class _Kernel(AsyncKernelManager):
 
     @property
     def kernel_spec(self):
-        return KernelSpec(argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"], display_name="autohdr", language="python")
+        return KernelSpec(argv=[sys.executable, "-c", _LAUNCH, "-f", "{connection_file}"], display_name="autohdr", language="python")
 
     async def start_kernel(self, **kwargs):
         await super().start_kernel(**kwargs)
@@ -149,7 +152,7 @@ def _signals(job: Job):
         for s, handler in before.items(): signal.signal(s, handler)
         if job.timer: job.timer.cancel()
 
-# %% ../../nbs/runs/04_execute.ipynb #2152781e
+# %% ../../nbs/runs/04_execute.ipynb #bd581ce5
 def _oom_kills() -> int:
     "How many processes this system has killed for want of memory so far."
     try: return sum(int(line.split()[1]) for line in Path("/proc/vmstat").read_text().splitlines() if line.startswith("oom_kill "))
@@ -160,13 +163,13 @@ def _cause(
     ooms: int = 0, # processes that the system killed for want of memory meanwhile
 ) -> str:
     "Why a kernel died, in words."
-    if code is None: return "for an unknown reason"
-    if code >= 0: return f"by itself, with exit code {code}"
+    if code is None: return "nobody knows why"
+    if code >= 0: return f"it exited with code {code}"
     name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
-    if name == "SIGKILL" and ooms: return "of SIGKILL: the machine ran out of memory. Try a smaller size or batch"
-    return f"of {name}" + (" (killed by somebody, or out of memory)" if name == "SIGKILL" else "")
+    if name != "SIGKILL": return name
+    return "SIGKILL: the machine ran out of memory; try a smaller size or batch" if ooms else "SIGKILL: killed by somebody, or out of memory"
 
-# %% ../../nbs/runs/04_execute.ipynb #2c25c637
+# %% ../../nbs/runs/04_execute.ipynb #134f4b8c
 def _cell_error(job: Job) -> dict:
     "The error that the failing cell shows: cell, name, message, traceback."
     at = job.status["cell"]
@@ -183,7 +186,7 @@ def _outcome(job: Job, problem, ooms: int) -> dict:
         return dict(state="terminated", reason=f"Stopped by {signal.Signals(job.signal).name} at {at}.", error=error, exit_code=128 + job.signal)
     if error: return dict(state="failed", reason=f"{at.capitalize()} raised {error['name']}: {error['message']}", error=error, exit_code=1)
     if isinstance(problem, DeadKernelError) or "died" in str(problem):
-        return dict(state="died", reason=f"The kernel died at {at} {_cause(job.kernel.popen and job.kernel.popen.poll(), ooms)}.", exit_code=1)
+        return dict(state="died", reason=f"The kernel died at {at} ({_cause(job.kernel.popen and job.kernel.popen.poll(), ooms)}).", exit_code=1)
     return dict(state="failed", reason=f"autohdr could not go on at {at}: {type(problem).__name__}: {problem}", exit_code=1)
 
 # %% ../../nbs/runs/04_execute.ipynb #01404244

@@ -107,10 +107,8 @@ def best_epoch(
     if column is None: return None
     return history.epoch[history[column].idxmin()] if "epoch" in history else history[column].idxmin()
 
-# %% ../../nbs/runs/02_report.ipynb #23151976
-_COLOURS = dict(train="#8a94a6", val="#1f7a63")
-
-def _colour(column: str) -> str: return _COLOURS["train" if column.startswith("train_") else "val"]
+# %% ../../nbs/runs/02_report.ipynb #03b107c9
+def _colour(column: str) -> str: return "#1f7a63" if column.startswith("val_") else "#6b7688"
 
 def curves(
     history: pd.DataFrame, # history.csv: a row per epoch
@@ -124,7 +122,7 @@ def curves(
     for row, columns in enumerate(groups.values(), 1):
         for column in columns:
             figure.add_scatter(x=list(x), y=[float(v) for v in history[column]], name=column, mode="lines+markers" if len(x) < 40 else "lines",
-                               line=dict(color=_colour(column), width=2), showlegend=False, hovertemplate=f"epoch %{{x}}: %{{y:.5g}}<extra>{column}</extra>", row=row, col=1)
+                               line=dict(color=_colour(column), width=2), connectgaps=True, showlegend=False, hovertemplate=f"epoch %{{x}}: %{{y:.5g}}<extra>{column}</extra>", row=row, col=1)
     return _styled(figure, best_epoch(history), 70 + 190*len(groups))
 
 def _styled(figure, best, height: int):
@@ -208,13 +206,15 @@ def error_map(
                  f"<img alt='error map' style='width:100%;border-radius:6px' src='{data_uri(paint(error), long_side)}'>"
                  f"<div class='note' style='display:flex;gap:.6em;align-items:center'>0<img alt='scale' style='flex:1;height:12px' src='{scale}'>≥ {top:g}</div></div>")
 
-# %% ../../nbs/runs/02_report.ipynb #85c8c1b3
+# %% ../../nbs/runs/02_report.ipynb #1ba55b94
 _SORT = ("const h=this.parentNode,t=h.closest('table'),i=h.cellIndex,b=t.tBodies[0],d=h.dataset.d=h.dataset.d==1?-1:1;"
          "[...b.rows].sort((p,q)=>{const u=p.cells[i].dataset.v,v=q.cells[i].dataset.v;return d*(isNaN(u)||isNaN(v)?u.localeCompare(v):u-v)}).forEach(r=>b.append(r))")
 
 def _cell(column: str, value, low: float, high: float) -> str:
     "A cell; a score's background grows redder from the column's best to its worst."
-    if not isinstance(value, (float, np.floating)): return f"<td class='text' data-v='{html.escape(str(value), quote=True)}'>{html.escape(str(value))}</td>"
+    if not isinstance(value, (float, np.floating)):
+        kind = "" if isinstance(value, (int, np.integer)) else " class='text'"
+        return f"<td{kind} data-v='{html.escape(str(value), quote=True)}'>{html.escape(str(value))}</td>"
     metric = _metric(column)
     if metric is None: return f"<td data-v='{value}'>{value:.4g}</td>"
     bad = (value - low)/(high - low or 1)

@@ -178,10 +178,11 @@ def _flow(value) -> str:
     "A value as YAML on one line."
     return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n").removesuffix("\n...")
 
-# %% ../../nbs/runs/00_spec.ipynb #4925e0a8
-def _check_ranges(parameters: dict):
-    "Construct the training recipe from those parameters that are its fields: it checks them."
-    from autohdr.training.recipe import Recipe
+# %% ../../nbs/runs/00_spec.ipynb #aa53738e
+def _check_ranges(notebook: Path, parameters: dict):
+    "Where the notebook makes a training recipe of its parameters, make it here first: it checks them."
+    if "autohdr.training.recipe" not in notebook.read_text(encoding="utf-8"): return
+    from autohdr.training.recipe import Recipe # here: it takes seconds
     names = {f.name for f in dataclasses.fields(Recipe)}
     Recipe(**{k: v for k, v in parameters.items() if k in names})
 
@@ -194,7 +195,7 @@ def _check_folder_name(name: str, what: str) -> str:
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*", name): return name
     raise AutohdrError(f"'{name}' can't be the name of a {what}: use letters, digits, '-', '_' and '.', starting with a letter or digit.")
 
-# %% ../../nbs/runs/00_spec.ipynb #9e0e36b7
+# %% ../../nbs/runs/00_spec.ipynb #265eea42
 def make_spec(
     recipe: str, # a recipe's file, or the name of a shipped one
     overrides=(), # 'key=value' texts; win over the recipe
@@ -214,7 +215,7 @@ def make_spec(
             p = declared[check_name(key, declared, "parameter")]
             value = check_value(p, value)
             values[key] = resolve_path(p, value, start) if isinstance(value, str) else value
-    _check_ranges(values)
+    _check_ranges(content["notebook"], values)
     given, study = {k: values[k] for k in typed}, _check_folder_name(str(content["study"]), "study")
     shown = recipe if recipe in shipped("recipes") and not Path(recipe).is_file() else str(file)
     return Spec(content["notebook"], study, _check_folder_name(name or new_name(smoke), "run"), values, shown, content["about"], given, smoke)
