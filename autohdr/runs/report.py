@@ -65,12 +65,22 @@ def _verdict(name: str, ours: dict, baselines: dict, by: str) -> str:
     if not lost: return f"<p class='verdict good'>{html.escape(name)} beats every baseline in {label}: {html.escape(', '.join(won))}</p>"
     return f"<p class='verdict bad'>{html.escape(name)} does not beat {html.escape(', '.join(lost))} in {label}</p>"
 
-# %% ../../nbs/runs/02_report.ipynb #cf4aaeb2
-def _row(name: str, scores: dict, columns: list, best: dict, kind: str = "") -> str:
-    "A row of the headline's table; the best value of each column is marked."
-    cells = "".join(f"<td class='{'best' if scores.get(c) == best[c] else ''}'>{_number(c, scores.get(c))}</td>" for c in columns)
-    return f"<tr class='{kind}'><td>{html.escape(name)}</td>{cells}</tr>"
+# %% ../../nbs/runs/02_report.ipynb #acd51d10
+def _best(column: str, rows: dict):
+    "The best value of a score."
+    values = [s[column] for s in rows.values() if np.isfinite(s.get(column, np.nan))]
+    return (min if _metric(column)[0].better == "lower" else max)(values, default=None)
 
+def _scores(rows: dict, columns: list, ours: str) -> str:
+    "A table with a row per model and the best of each column marked."
+    best = {c: _best(c, rows) for c in columns}
+    arrow = {c: "↓" if _metric(c)[0].better == "lower" else "↑" for c in columns}
+    head = "".join(f"<th>{html.escape(_metric(c)[1])} {_metric(c)[0].unit} {arrow[c]}</th>" for c in columns)
+    cell = lambda c, s: f"<td{' class=best' if best[c] is not None and s.get(c) == best[c] else ''}>{_number(c, s.get(c))}</td>"
+    body = "".join(f"<tr{' class=ours' if n == ours else ''}><td>{html.escape(n)}</td>{''.join(cell(c, s) for c in columns)}</tr>" for n, s in rows.items())
+    return f"<div class='scroll'><table><tr><th></th>{head}</tr>{body}</table></div>"
+
+# %% ../../nbs/runs/02_report.ipynb #d03eb353
 def headline(
     ours: dict, # score name to value, as `metrics.summarise` returns it
     baselines: dict[str, dict], # baseline's name to the same scores of the same photos
@@ -78,14 +88,12 @@ def headline(
     by: str = "l1", # the score that decides
     about: str = "", # which photos, what size: a line under the table
 ) -> HTML:
-    "The model beside its baselines: a verdict and a table with the best of each column marked."
-    columns = [c for c in ours if _metric(c) and any(c in b for b in baselines.values() or [ours])]
-    rows = {name: ours, **baselines}
-    best = {c: (min if _metric(c)[0].better == "lower" else max)(s[c] for s in rows.values() if c in s) for c in columns}
-    arrow = {c: "↓" if _metric(c)[0].better == "lower" else "↑" for c in columns}
-    head = "".join(f"<th>{html.escape(_metric(c)[1])} {_metric(c)[0].unit} {arrow[c]}</th>" for c in columns)
-    body = "".join(_row(n, s, columns, best, "ours" if n == name else "") for n, s in rows.items())
-    return _show(f"{_verdict(name, ours, baselines, by) if baselines else ''}<div class='scroll'><table><tr><th></th>{head}</tr>{body}</table></div>"
+    "The model beside its baselines: a verdict and a table with the best of each column marked; scores of regions in a second table."
+    rows, known = {name: ours, **baselines}, [c for c in ours if _metric(c)]
+    main = [c for c in known if c in METRICS or "mean" in c]
+    regions = [c for c in known if c not in main]
+    second = f"<p class='note'>In the windows, and in the rest of the room:</p>{_scores(rows, regions, name)}" if regions else ""
+    return _show((_verdict(name, ours, baselines, by) if baselines else "") + _scores(rows, main, name) + second +
                  f"<p class='note'>↓ less is better, ↑ more is better, ★ best. {html.escape(about)}</p>")
 
 # %% ../../nbs/runs/02_report.ipynb #a0e3c335
