@@ -25,12 +25,12 @@ def _version(show: bool):
 @app.callback()
 def _options(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False): pass
 
-# %% ../nbs/07_cli.ipynb #b8c60600
+# %% ../nbs/07_cli.ipynb #701f1ea6
 def main(
     args: list = None, # the command line without the program's name; sys.argv if None
 ):
     "The `autohdr` command."
-    try: app(args)
+    try: app(args, prog_name="autohdr")
     except AutohdrError as e:
         print(f"autohdr: {e}", file=sys.stderr)
         sys.exit(getattr(e, "exit_code", 1))

@@ -107,7 +107,7 @@ class _Engine(NBClientEngine):
 
 papermill_engines.register("autohdr", _Engine)
 
-# %% ../../nbs/runs/04_execute.ipynb #9e1bdc2c
+# %% ../../nbs/runs/04_execute.ipynb #7a4e854d
 GRACE = 10. # seconds that a kernel has between the signal and its end
 
 class Stopped(Exception):
@@ -133,7 +133,7 @@ class Job:
     def stop(self, number: int, frame=None):
         "Signal handler: interrupt the kernel, and kill it after a while."
         again, self.signal, popen = self.signal, number, self.kernel.popen
-        if popen is None: return
+        if popen is None or popen.poll() is not None: return
         if again: return kill_group(popen.pid)
         with contextlib.suppress(ProcessLookupError): os.kill(popen.pid, signal.SIGINT)
         self.timer = threading.Timer(GRACE, kill_group, [popen.pid])
