@@ -20,7 +20,7 @@ demo: $(INSTALLED)
 	$(BIN)/autohdr demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest
 
 lab: $(INSTALLED)
 	$(BIN)/jupyter lab nbs
