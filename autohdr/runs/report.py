@@ -202,12 +202,12 @@ def slider(
                 "oninput=\"this.parentNode.style.setProperty('--x',this.value+'%')\"></div>"
                 f"<div class='ah-bar'><div>{html.escape(caption)}</div><div>{buttons}</div></div></div>")
 
-# %% ../../nbs/runs/02_report.ipynb #e0061d01
+# %% ../../nbs/runs/02_report.ipynb #e84bae6d
 def error_map(
     pred: np.ndarray, # H x W x 3 in [0,1]
     target: np.ndarray, # same shape
     top: float = 0.25, # the error that gets the brightest colour; larger ones look the same
-    caption: str = "", # shown above the map
+    caption: str = "", # shown under the map
     long_side: int = 480, # px
 ) -> HTML:
     "A map of the absolute error with its scale."
@@ -215,11 +215,11 @@ def error_map(
     error = np.abs(np.asarray(pred, np.float32) - target).mean(-1)
     paint = lambda e: cv2.applyColorMap((np.clip(e/top, 0, 1)*255).astype(np.uint8), cv2.COLORMAP_INFERNO)[..., ::-1]
     scale = data_uri(paint(np.tile(np.linspace(0, top, 256, dtype=np.float32), (12, 1))))
-    return _show(f"<div style='max-width:{_width(pred, long_side)}px'><div class='note'>{html.escape(caption)} Mean absolute error {error.mean():.4f}</div>"
-                 f"<img alt='error map' style='width:100%;border-radius:6px' src='{data_uri(paint(error), long_side)}'>"
-                 f"<div class='note' style='display:flex;gap:.6em;align-items:center'>0<img alt='scale' style='flex:1;height:12px' src='{scale}'>≥ {top:g}</div></div>")
+    return _show(f"<div style='max-width:{_width(pred, long_side)}px'><img alt='error map' style='display:block;width:100%;border-radius:8px' src='{data_uri(paint(error), long_side)}'>"
+                 f"<div class='note' style='display:flex;gap:.6em;align-items:center'>0<img alt='scale' style='flex:1;min-width:0;height:12px' src='{scale}'>≥ {top:g}</div>"
+                 f"<div class='note'>{html.escape(caption)} Mean absolute error {error.mean():.4f}</div></div>")
 
-# %% ../../nbs/runs/02_report.ipynb #926d978a
+# %% ../../nbs/runs/02_report.ipynb #af708314
 def comparison(
     before: np.ndarray, # H x W x 3 in [0,1]
     ours: np.ndarray, # the model's edit, same shape
@@ -228,8 +228,8 @@ def comparison(
 ) -> HTML:
     "A slider, and the error map of ours beside it (below it on a phone)."
     left, right = slider(before, ours, after, caption, 560).data, error_map(ours, after).data
-    return HTML(f"<div style='display:flex;flex-wrap:wrap;gap:0 28px;align-items:flex-end'><div style='flex:1 1 320px;max-width:560px'>{left}</div>"
-                f"<div style='flex:1 1 320px;max-width:480px;margin-bottom:1.6em'>{right}</div></div>")
+    return HTML(f"<div style='display:flex;flex-wrap:wrap;gap:0 28px;align-items:flex-start'><div style='flex:1 1 320px;max-width:560px'>{left}</div>"
+                f"<div style='flex:1 1 320px;max-width:480px;margin:1em 0'>{right}</div></div>")
 
 # %% ../../nbs/runs/02_report.ipynb #ec7dae7d
 _SORT = ("const h=this.parentNode,t=h.closest('table'),i=h.cellIndex,b=t.tBodies[0],d=h.dataset.d=h.dataset.d==1?-1:1;"
