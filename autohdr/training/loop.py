@@ -6,7 +6,7 @@
 __all__ = ['load_pairs', 'select', 'train_dataset', 'epoch_batches', 'TrainingDiverged', 'backward', 'update', 'train_epoch',
            'validate', 'end_epoch', 'epoch_line', 'train']
 
-# %% ../../nbs/training/02_loop.ipynb #30a7f399
+# %% ../../nbs/training/02_loop.ipynb #ae95fe68
 import itertools, math, time
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +15,7 @@ from ..core import AutohdrError, atomic_path
 from ..data.pairs import PairDataset, assign_folds, assign_splits, fingerprint, make_loader, scan_pairs
 from ..losses.pixel import create_loss
 from ..metrics import l1, psnr
+from ..models.hdrnet import roughness
 from ..models.zoo import save_model
 from .recipe import Recipe
 from .state import State, autocast, load_state, new_state, save_state
@@ -61,7 +62,7 @@ def epoch_batches(
         dataset.set_epoch(epoch * recipe.repeats + i)
         yield from loader
 
-# %% ../../nbs/training/02_loop.ipynb #f6b5cfb2
+# %% ../../nbs/training/02_loop.ipynb #c843f12b
 class TrainingDiverged(AutohdrError):
     "A loss or gradient stopped being finite."
 
@@ -69,15 +70,16 @@ def backward(
     state: State,
     batch: dict, # before, after: N x 3 x H x W; name: N strings
     share: float, # of the photos of this update
-    loss_fn, # (prediction, target) -> scalar
-    precision: str,
-) -> float: # the loss, unweighted
+    recipe: Recipe,
+) -> float: # the loss, unweighted and without the penalty
     "Add one batch's gradient."
     before, after = (batch[k].to(state.device, non_blocking=True) for k in ("before", "after"))
-    with autocast(precision, state.device): pred = state.model(before)
-    loss = loss_fn(pred.float(), after)
+    with autocast(recipe.precision, state.device):
+        pred, grid = state.model(before, return_grid=True) if recipe.smoothness else (state.model(before), None)
+    loss = create_loss(recipe.loss)(pred.float(), after)
     if not loss.isfinite(): raise TrainingDiverged(f"the loss is {loss.item()} at step {state.step + 1} (epoch {state.epoch + 1}), photos {', '.join(batch['name'])}")
-    state.scaler.scale(loss * share).backward()
+    penalty = recipe.smoothness * roughness(grid.float()) if recipe.smoothness else 0
+    state.scaler.scale((loss + penalty) * share).backward()
     return loss.item()
 
 # %% ../../nbs/training/02_loop.ipynb #aa83ba39
@@ -101,7 +103,7 @@ def update(
     state.step += 1
     return norm.item()
 
-# %% ../../nbs/training/02_loop.ipynb #4e886a48
+# %% ../../nbs/training/02_loop.ipynb #083f749b
 def train_epoch(
     state: State,
     batches, # of training crops
@@ -114,7 +116,7 @@ def train_epoch(
         names = [name for batch in group for name in batch["name"]]
         for batch in group:
             n = len(batch["name"])
-            losses += [backward(state, batch, n / len(names), create_loss(recipe.loss), recipe.precision)] * n
+            losses += [backward(state, batch, n / len(names), recipe)] * n
         norms.append(update(state, recipe, names))
     return dict(loss=sum(losses) / len(losses), grad_norm=float(pd.Series(norms).mean()))
 
