@@ -12,9 +12,15 @@ from autohdr.core import AutohdrError
 from autohdr.runs.page import render
 from autohdr.runs.spec import make_spec
 from autohdr.runs.status import read_status
-from tests.toys import finish, printed, start, toy, wait_until
+from tests.toys import end_all, finish, printed, start, toy, wait_until
 
 FOREVER = "import time\nprint('begun', flush=True)\nwhile True: time.sleep(0.1)"
+
+
+@pytest.fixture(autouse=True)
+def no_process_stays():
+    yield
+    end_all()
 
 
 def cells(run_dir):

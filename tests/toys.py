@@ -8,6 +8,7 @@ from pathlib import Path
 import nbformat
 
 COMMAND = [sys.executable, "-c", "from autohdr.cli import main; main()"]
+STARTED = []
 PARAMETERS = 'steps = 3  # how many\ninit = ""  # a file with weights\nflag = ""  # what to wait for\nlr = 1e-3  # learning rate\nrun_dir = ""  # set by the run'
 
 
@@ -25,7 +26,17 @@ def toy(folder: Path, name: str, *cells: str) -> Path:
 def start(recipe: Path, *args: str, name: str = "a", env: dict = None) -> subprocess.Popen:
     """`autohdr run` of a toy, into runs/ beside it."""
     command = [*COMMAND, "run", str(recipe), "--name", name, "--root", str(recipe.parent / "runs"), *args]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **(env or {})}, cwd=recipe.parent)
+    STARTED.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **(env or {})}, cwd=recipe.parent))
+    return STARTED[-1]
+
+
+def end_all():
+    """End what a failing test left running; the kernels notice and follow."""
+    while STARTED:
+        process = STARTED.pop()
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
 
 
 def finish(process: subprocess.Popen) -> tuple:
