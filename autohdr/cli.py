@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['app', 'main', 'run', 'report', 'enhance', 'evaluate', 'models', 'pairs', 'demo']
 
-# %% ../nbs/07_cli.ipynb #fa971981
-import sys
+# %% ../nbs/07_cli.ipynb #3495bf43
+import os, sys
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
@@ -25,11 +25,13 @@ def _version(show: bool):
 @app.callback()
 def _options(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False): pass
 
-# %% ../nbs/07_cli.ipynb #701f1ea6
+# %% ../nbs/07_cli.ipynb #387606da
 def main(
     args: list = None, # the command line without the program's name; sys.argv if None
 ):
     "The `autohdr` command."
+    # Threads that spin while they wait make a busy machine ten times slower. Read once, when torch is imported, and inherited by kernels.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try: app(args, prog_name="autohdr")
     except AutohdrError as e:
         print(f"autohdr: {e}", file=sys.stderr)
@@ -115,18 +117,17 @@ def models():
     from autohdr.models.zoo import list_models
     print(list_models().to_string())
 
-# %% ../nbs/07_cli.ipynb #4d5257d5
+# %% ../nbs/07_cli.ipynb #ae2b3e8b
 @app.command()
 def pairs(
     source: Annotated[str, typer.Argument(help="A folder of before/after photos, a CSV, or 'samples'.")],
     out: Annotated[Path, typer.Option(help="The CSV to write.")],
-    folds: Annotated[int, typer.Option(min=2, help="Folds for cross-validation.")] = 5,
+    property_from: Annotated[Optional[str], typer.Option(help="Regular expression with one group that finds the property in a pair's name.")] = None,
+    folds: Annotated[Optional[int], typer.Option(min=2, help="Folds for cross-validation; as many as the table has, else 5.")] = None,
 ):
     "Find before/after pairs, tell what is wrong with them, and write their table."
-    from autohdr.data.pairs import assign_folds, assign_splits, read_pairs, save_pairs, scan_pairs
-    table, problems = scan_pairs(source, previous=read_pairs(out) if out.exists() else None)
-    table = assign_folds(assign_splits(table), folds)
-    save_pairs(table, out)
+    from autohdr.data.pairs import make_table
+    table, problems = make_table(source, out, property_from, k=folds)
     if len(problems): print(problems.to_string(index=False))
     print(f"{len(table)} pairs ({', '.join(f'{n} {s}' for s, n in table.split.value_counts().items())}), {len(problems)} problems; table: {out}")
 
