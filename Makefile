@@ -26,7 +26,7 @@ lab: $(INSTALLED)
 	$(BIN)/jupyter lab nbs
 
 bench: $(INSTALLED)
-	OMP_NUM_THREADS=2 $(BIN)/python -m tests.bench
+	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m tests.bench
 
 readme: $(INSTALLED)
 	$(BIN)/python -m tests.readme

@@ -74,7 +74,7 @@ def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run's 
     from autohdr.runs.page import render
     print(render(run_dir))
 
-# %% ../nbs/07_cli.ipynb #28fe3da4
+# %% ../nbs/07_cli.ipynb #70417ee1
 @app.command()
 def enhance(
     source: Annotated[Path, typer.Argument(metavar="PHOTO-OR-FOLDER", help="A photo, or a folder of them, searched with its sub-folders.")],
@@ -84,14 +84,16 @@ def enhance(
     quality: Annotated[int, typer.Option(min=1, max=100, help="Of JPEG and WebP.")] = 95,
     subsampling: Annotated[str, typer.Option(help="Of a JPEG's colour: 4:4:4, 4:2:2 or 4:2:0.")] = "4:4:4",
     bit_depth: Annotated[Optional[int], typer.Option(help="8 or 16; as the photo if left out.")] = None,
+    method: Annotated[str, typer.Option(help="auto, whole, small (decided on a small copy, done at full size) or tiles.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda or cuda:1.")] = "auto",
     overwrite: Annotated[bool, typer.Option(help="Replace edits that are there already.")] = False,
 ):
     "Edit photographs with a trained model, at full size, metadata kept. A photo that fails doesn't stop the rest."
     from autohdr.enhance import enhance as edit
-    table = edit(source, out, model, format, overwrite, quality=quality, subsampling=subsampling, bit_depth=bit_depth)
+    table = edit(source, out, model, format, overwrite, device, method=method, quality=quality, subsampling=subsampling, bit_depth=bit_depth)
     if (table.status == "failed").any(): raise typer.Exit(1)
 
-# %% ../nbs/07_cli.ipynb #58b4f89b
+# %% ../nbs/07_cli.ipynb #6e0f9e54
 @app.command()
 def evaluate(
     pred: Annotated[Path, typer.Option(help="Folder of edited photos.")],
@@ -99,14 +101,13 @@ def evaluate(
     json_file: Annotated[Optional[Path], typer.Option("--json", help="Write the scores to this file, too.")] = None,
 ):
     "Score edited photos against the studio's own edits."
-    import json
-    from autohdr.core import write_text
+    from autohdr.core import write_json
     from autohdr.inference.evaluate import evaluate_folders
     table, summary = evaluate_folders(pred, target)
     shown = [c for c in ("name", "l1", "psnr", "ssim", "ciede2000") if c in table]
     print(table.loc[table.error == "", shown].to_string(index=False, float_format="{:.4f}".format))
     for key, value in summary.items(): print(f"{key:18} {value:.4f}" if isinstance(value, float) else f"{key:18} {value}")
-    if json_file: write_text(json_file, json.dumps(dict(summary=summary, photos=json.loads(table.to_json(orient="records", double_precision=10))), indent=1) + "\n")
+    if json_file: write_json(json_file, dict(summary=summary, photos=table.to_dict("records")))
     for row in table[table.error != ""].itertuples(): print(f"autohdr: {row.name}: {row.error}", file=sys.stderr)
     if summary["failed"]: raise typer.Exit(1)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OUTPUTS', 'SETTINGS', 'enhance_photo', 'plan_outputs', 'enhance']
 
-# %% ../nbs/05_enhance.ipynb #4c5102e6
+# %% ../nbs/05_enhance.ipynb #b0c2e1e8
 import os, threading, time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -15,11 +15,12 @@ from pathlib import Path
 import pandas as pd
 
 from .core import AutohdrError, check_name, progress
-from .inference.predict import predict
+from .inference.predict import METHODS, predict
 from .models.zoo import load_model
+from .training.state import pick_device
 from .photo import FORMATS, MAX_PIXELS, check_encoding, find_photos, is_photo, read_photo, write_photo
 
-# %% ../nbs/05_enhance.ipynb #71fb37af
+# %% ../nbs/05_enhance.ipynb #6f30571a
 def enhance_photo(
     path, # the photograph
     out_path, # where its edit goes; the suffix says the format
@@ -40,7 +41,7 @@ def enhance_photo(
     with turn or threading.Lock(): photo = replace(photo, pixels=predict(model, photo.pixels, method, tta))
     return write_photo(out_path, photo, quality, subsampling, bit_depth)
 
-def _loaded(model): return load_model(model) if isinstance(model, (str, os.PathLike)) else model
+def _loaded(model, device="auto"): return load_model(model, pick_device(device)) if isinstance(model, (str, os.PathLike)) else model
 
 # %% ../nbs/05_enhance.ipynb #4505f9bf
 OUTPUTS = ("jpg", "png", "tif", "webp")
@@ -102,7 +103,7 @@ def _run(plan, attempt, label) -> list:
         return [w.result() for w in progress(waiting, label)]
     finally: pool.shutdown(cancel_futures=True)  # when interrupted, what has not begun does not begin
 
-# %% ../nbs/05_enhance.ipynb #4f47cf2b
+# %% ../nbs/05_enhance.ipynb #099e68a8
 SETTINGS = ("method", "tta", "quality", "subsampling", "bit_depth", "max_pixels")
 
 def enhance(
@@ -111,13 +112,15 @@ def enhance(
     model, # a model in evaluation mode, or a checkpoint
     format: str | None = None, # jpg, png, tif or webp for all; None keeps each photo's own, RAW becomes tif
     overwrite: bool = False, # replace edits that exist
+    device: str = "auto", # where a checkpoint's model runs: auto (a GPU if there is one), cpu, cuda, cuda:1
     **settings, # method, tta, quality, subsampling, bit_depth, max_pixels as for `enhance_photo`
 ) -> pd.DataFrame: # a row per photo: path, out, status (edited, skipped, failed), seconds (waiting for its turn included), error
     "Edit every photograph at full size; the originals are only read."
     for name in settings: check_name(name, SETTINGS, "setting of enhance")
+    check_name(settings.get("method", "auto"), METHODS, "method")
     check_encoding(settings.get("quality", 95), settings.get("subsampling", "4:4:4"))
     photos, base = _find(source, out)
-    plan, model, turn = plan_outputs(photos, base, out, format), _loaded(model), threading.Lock()
+    plan, model, turn = plan_outputs(photos, base, out, format), _loaded(model, device), threading.Lock()
     edit = lambda photo, target: enhance_photo(photo, target, model, turn=turn, **settings)
     rows = _run(plan, lambda photo, target: _attempt(photo, target, overwrite, edit), "Editing")
     table = pd.DataFrame(rows, columns=["path", "out", "status", "seconds", "error"])

@@ -183,13 +183,13 @@ def _distinct(pairs, token):
                  for name, file, side, first in shared]
     return pairs[pairs["name"].isin(keep)].copy(), problems, [(name, first) for name, _, _, first in shared]
 
-# %% ../../nbs/data/00_pairs.ipynb #0d927ac3
+# %% ../../nbs/data/00_pairs.ipynb #97bbe1ea
 def _properties(
     pairs, # the table
     rule, # None, a regular expression with one group, or a function from name to property
 ): # (values of the column, problems)
-    "The property of each pair: by rule, else as the table says, else the pair's own name."
-    if rule is None: return [p or n for p, n in zip(pairs["property"], pairs["name"])], []
+    "The property of each pair: by rule, else as the table says, else the folder in its name (house1/kitchen), else its name."
+    if rule is None: return [p or n.rpartition("/")[0] or n for p, n in zip(pairs["property"], pairs["name"])], []
     if isinstance(rule, str):
         try: pattern = re.compile(rule)
         except re.error as e: raise AutohdrError(f"property_from '{rule}' is not a regular expression: {e}.") from e

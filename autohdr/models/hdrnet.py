@@ -76,7 +76,7 @@ def slice_grid(
     where = torch.stack([x, y, guide.float() * 2 - 1], -1)[:, None]
     return F.grid_sample(grid.float(), where, mode="bilinear", padding_mode="border", align_corners=False)[:, :, 0]
 
-# %% ../../nbs/models/02_hdrnet.ipynb #3b1a9f0c
+# %% ../../nbs/models/02_hdrnet.ipynb #2dd4c902
 def hat_weights(
     position: torch.Tensor, # ... x 1 broadcastable against `cells`, in [0,1]
     cells: torch.Tensor, # indices 0 to k-1 of the cells, broadcastable against `position`
@@ -85,6 +85,7 @@ def hat_weights(
     "Weights of linear interpolation between cell centres, clamped at the ends."
     return (1 - ((position * k - 0.5).clamp(0, k - 1) - cells).abs()).clamp_(min=0)
 
+@torch.autocast("cpu", enabled=False) # products in half precision would make validation judge another model than training made
 def slice_rows(
     grid: torch.Tensor, # N x 12 x depth x rows x columns
     guide: torch.Tensor, # N x h x w in [0,1]
@@ -93,12 +94,13 @@ def slice_rows(
 ) -> torch.Tensor: # N x 12 x h x w
     "The same as `slice_grid`, row by row, for inference on a CPU."
     (n, c, depth, rows, columns), (_, h, w) = grid.shape, guide.shape
+    guide = guide.float()
     y = hat_weights(((torch.arange(top, top + h) + 0.5) / height)[:, None], torch.arange(rows), rows)
     x = hat_weights(((torch.arange(w) + 0.5) / w)[None], torch.arange(columns)[:, None], columns)
     grid = torch.einsum("hr,ncdrk->hncdk", y, grid.float()).contiguous()
     out = torch.empty(h, n, c, w)
     for i in range(h):
-        z = hat_weights(guide[:, i, None].float(), torch.arange(depth)[:, None], depth)
+        z = hat_weights(guide[:, i, None], torch.arange(depth)[:, None], depth)
         torch.sum((grid[i].flatten(0, -2) @ x).view(n, c, depth, w).mul_(z[:, None]), 2, out=out[i])
     return out.permute(1, 2, 0, 3)
 
@@ -111,7 +113,7 @@ def apply_affine(
     a = affine.unflatten(1, (3, 4))
     return (a[:, :, :3] * x[:, None]).sum(2) + a[:, :, 3]
 
-# %% ../../nbs/models/02_hdrnet.ipynb #2ae9f838
+# %% ../../nbs/models/02_hdrnet.ipynb #8462ac62
 class HDRNet(nn.Module):
     "Bilateral-grid model; N x 3 x H x W in [0,1] to the same shape, any H and W."
     def __init__(self,
@@ -134,7 +136,7 @@ class HDRNet(nn.Module):
     def edit(self, x, grid, top, height): # x: N x 3 x h x w, rows from `top` on of a photo with `height` rows
         "Apply a grid to some rows of the photo."
         lifted = lift(x, self.log_gamma)
-        look_up = slice_grid if torch.is_grad_enabled() or x.is_cuda else slice_rows
+        look_up = slice_rows if x.device.type == "cpu" and not torch.is_grad_enabled() else slice_grid
         return lifted + apply_affine(look_up(grid, self.guide(lifted), top, height), lifted)
 
     def decide(self, x): # N x 3 x H x W

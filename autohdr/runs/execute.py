@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['GRACE', 'Log', 'Stopped', 'kill_group', 'Job', 'RunError', 'run']
 
-# %% ../../nbs/runs/04_execute.ipynb #e851e73a
-import contextlib, logging, os, shutil, signal, sys, tempfile, threading, time
+# %% ../../nbs/runs/04_execute.ipynb #04b6526a
+import contextlib, logging, os, shutil, signal, socket, sys, tempfile, threading, time
 from pathlib import Path
 import nbformat, papermill, yaml
 from jupyter_client.kernelspec import KernelSpec
@@ -189,14 +189,18 @@ def _outcome(job: Job, problem, ooms: int) -> dict:
         return dict(state="died", reason=f"The kernel died at {at} ({_cause(job.kernel.popen and job.kernel.popen.poll(), ooms)}).", exit_code=1)
     return dict(state="failed", reason=f"autohdr could not go on at {at}: {type(problem).__name__}: {problem}", exit_code=1)
 
-# %% ../../nbs/runs/04_execute.ipynb #01404244
+# %% ../../nbs/runs/04_execute.ipynb #807fd362
 def _make_room(run_dir: Path, parameters: dict, overwrite: bool, resume: bool) -> int:
     "Make the run's folder, or refuse; returns which attempt this is."
     if not run_dir.exists() or not any(run_dir.iterdir()):
         run_dir.mkdir(parents=True, exist_ok=True)
         return 1
     old = read_status(run_dir)
-    if old["state"] == "running": raise AutohdrError(f"{run_dir} is running (process {old['pid']} on {old['host']}); give this run another name.")
+    if old["state"] == "running":
+        here = old["host"] == socket.gethostname()
+        if here or not (overwrite or resume): # a process of another machine can't be asked whether it lives; whoever says --resume knows
+            raise AutohdrError(f"{run_dir} is running (process {old['pid']} on {old['host']}); give this run another name"
+                               + ("." if here else ", or, if that machine is gone, say --resume or --overwrite."))
     if overwrite:
         shutil.rmtree(run_dir)
         run_dir.mkdir(parents=True)

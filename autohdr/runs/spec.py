@@ -93,7 +93,7 @@ def parse_override(
     try: return p.name, yaml.safe_load(value)
     except yaml.YAMLError: raise AutohdrError(f"The value of '{text}' can't be read; lists are written [1, 2], text with special characters in quotes.") from None
 
-# %% ../../nbs/runs/00_spec.ipynb #25051033
+# %% ../../nbs/runs/00_spec.ipynb #c614e051
 def is_path(p: Parameter) -> bool:
     "Does the parameter take the path of a file or a folder?"
     return p.kind == "str" and re.search(r"\b(file|folder|path|checkpoint)s?\b", p.help, re.I) is not None
@@ -107,8 +107,7 @@ def resolve_path(
     if not is_path(p) or not value or value == p.default: return value
     path = Path(base, Path(value).expanduser()).absolute()
     if path.exists(): return str(path)
-    if re.search(r"[/\\]|^~", value): raise AutohdrError(f"Parameter '{p.name}': there is no file or folder {path}.")
-    return value
+    raise AutohdrError(f"Parameter '{p.name}': there is no file or folder {path}.")
 
 # %% ../../nbs/runs/00_spec.ipynb #3ee06a5f
 _KEYS = ("notebook", "study", "about", "parameters", "smoke")

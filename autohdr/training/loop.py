@@ -20,14 +20,16 @@ from ..models.zoo import save_model
 from .recipe import Recipe
 from .state import State, autocast, load_state, new_state, save_state
 
-# %% ../../nbs/training/02_loop.ipynb #e855157b
+# %% ../../nbs/training/02_loop.ipynb #7721c3f5
 def load_pairs(
     recipe: Recipe,
 ): # (pairs, problems)
     "The table that a recipe names, with every pair in a split, and in a fold if the recipe has folds."
-    pairs, problems = scan_pairs(recipe.pairs)
-    pairs = assign_splits(pairs, seed=recipe.seed)
-    return (assign_folds(pairs, recipe.folds, recipe.seed) if recipe.folds else pairs), problems
+    pairs, problems = scan_pairs(recipe.pairs, recipe.property_from or None)
+    if pairs.property.nunique() == len(pairs) and not recipe.property_from:
+        print("every photo counts as a property of its own; if some show the same house, say property_from, or the error will look smaller than it is", flush=True)
+    pairs = assign_splits(pairs, seed=recipe.split_seed)
+    return (assign_folds(pairs, recipe.folds, recipe.split_seed) if recipe.folds else pairs), problems
 
 # %% ../../nbs/training/02_loop.ipynb #d4fb2765
 def select(
@@ -120,7 +122,7 @@ def train_epoch(
         norms.append(update(state, recipe, names))
     return dict(loss=sum(losses) / len(losses), grad_norm=float(pd.Series(norms).mean()))
 
-# %% ../../nbs/training/02_loop.ipynb #b8fbdc91
+# %% ../../nbs/training/02_loop.ipynb #833c8f69
 @torch.no_grad()
 def validate(
     model: torch.nn.Module,
@@ -134,6 +136,7 @@ def validate(
     for i in range(len(dataset)):
         item = dataset[i]
         with autocast(precision, device): pred = model(item["before"][None].to(device))[0]
+        if not pred.isfinite().all(): raise TrainingDiverged(f"the validation of photo {item['name']} gives values that are not finite")
         pred, target = (t.float().clamp(0, 1).permute(1, 2, 0).cpu().numpy() for t in (pred, item["after"]))
         rows.append((l1(pred, target), psnr(pred, target)))
     return dict(zip(("val_l1", "val_psnr"), (sum(r) / len(rows) for r in zip(*rows))))
@@ -166,7 +169,7 @@ def epoch_line(
     val = f"  val L1 {row['val_l1']:.4f}  PSNR {row['val_psnr']:.2f} dB" if "val_l1" in row else ""
     return f"epoch {row['epoch']}/{epochs}  loss {row['loss']:.4f}{val}  grad {row['grad_norm']:.2f}  lr {row['lr']:.1e}  {row['seconds']:.1f} s"
 
-# %% ../../nbs/training/02_loop.ipynb #2b0c28e6
+# %% ../../nbs/training/02_loop.ipynb #016cdcfb
 def train(
     recipe: Recipe,
     pairs: pd.DataFrame, # all of them; `select` says who trains
@@ -182,12 +185,13 @@ def train(
     go_on = not (recipe.patience and state.since_best >= recipe.patience)
     while go_on and state.epoch < recipe.epochs:
         start, rate = time.monotonic(), state.optimiser.param_groups[0]["lr"]
-        try: row = train_epoch(state, epoch_batches(dataset, recipe, state.epoch), recipe)
+        try:
+            row = train_epoch(state, epoch_batches(dataset, recipe, state.epoch), recipe)
+            if len(val) and (state.epoch + 1) % recipe.val_every == 0: row |= validate(state.ema.module, val, state.device, recipe.precision)
         except TrainingDiverged as e:
             kept = f"the weights of epoch {state.epoch} or before are in {run_dir/'model.safetensors'}" if (run_dir/"model.safetensors").exists() else "no epoch was finished"
             raise TrainingDiverged(f"{e}; {kept}. Try a lower lr (now {recipe.lr}), clip, or precision bf16 or fp32 (now {recipe.precision})") from None
         state.epoch += 1
-        if len(val) and state.epoch % recipe.val_every == 0: row |= validate(state.ema.module, val, state.device, recipe.precision)
         row = dict(epoch=state.epoch, step=state.step, **row, lr=rate, seconds=time.monotonic() - start)
         print(epoch_line(row, recipe.epochs), flush=True)
         go_on = end_epoch(state, recipe, run_dir, row, print_id)

@@ -5,18 +5,20 @@
 # %% auto #0
 __all__ = ['RANGES', 'CHOICES', 'Recipe', 'as_number', 'check_field', 'check_crop_scale', 'updates_per_epoch', 'ema_weight']
 
-# %% ../../nbs/training/00_recipe.ipynb #e80de821
-import math
+# %% ../../nbs/training/00_recipe.ipynb #17a11ed8
+import math, re
 from dataclasses import asdict, dataclass, field, fields
 from ..core import AutohdrError, check_name
 from ..losses.pixel import LOSSES
 from ..models.zoo import ARCHITECTURES
 
-# %% ../../nbs/training/00_recipe.ipynb #c511432c
+# %% ../../nbs/training/00_recipe.ipynb #5c0187d5
 @dataclass
 class Recipe:
     "A training run."
     pairs: str = "samples"       # a folder, a CSV table, or 'samples' for the bundled rendered pairs
+    property_from: str = ""      # regular expression with one group that finds the property in a pair's name; empty: the part of the name before the last slash, if any
+    split_seed: int = 0          # of splits and folds; apart from seed, so that runs with several seeds are judged by the same photos
     model: str = "hdrnet"        # a name that `list_models` shows
     model_config: dict = field(default_factory=dict)  # its settings, such as {"width": 8}
     init: str = ""               # checkpoint to start from; empty: fresh weights
@@ -44,10 +46,10 @@ class Recipe:
     tta: bool = False            # average the predictions of the photo and of its mirror image
     folds: int = 0               # number of folds for cross-validation; 0: use the split column
     fold: int = -1               # hold this fold out as test photos; -1: use the split column
-    seed: int = 0                # of weights, crops, order and splits
+    seed: int = 0                # of weights, crops and order
     workers: int = 0             # processes that decode; the numbers are the same for any
     threads: int = 0             # CPU threads of torch; 0: as many as it likes
-    device: str = "auto"         # auto, cpu, cuda, cuda:1, mps
+    device: str = "auto"         # auto (a GPU if there is one), cpu, cuda, cuda:1, mps
 
     def __post_init__(self):
         for f in fields(self): setattr(self, f.name, check_field(f.name, getattr(self, f.name)))
@@ -56,10 +58,10 @@ class Recipe:
         if self.smoothness and self.model != "hdrnet":
             raise AutohdrError(f"smoothness is {self.smoothness}, but {self.model} has no grid to be smooth; expected 0")
 
-# %% ../../nbs/training/00_recipe.ipynb #7cce81bb
+# %% ../../nbs/training/00_recipe.ipynb #2a0a7387
 RANGES = dict(size=(16, 16384), crop=(0, 16384), repeats=(1, 10_000), gamma_jitter=(0, 2), gain_jitter=(0, 1), smoothness=(0, 1e4), lr=(1e-8, 1), weight_decay=(0, 10),
               warmup_epochs=(0, 10_000), epochs=(1, 100_000), batch_size=(1, 1024), accumulate=(1, 1024), clip=(0, 1e6), ema_decay=(0, 1), patience=(0, 100_000),
-              val_every=(1, 1000), folds=(0, 100), fold=(-1, 99), seed=(0, 2**32 - 1), workers=(0, 128), threads=(0, 1024))
+              val_every=(1, 1000), folds=(0, 100), fold=(-1, 99), seed=(0, 2**32 - 1), split_seed=(0, 2**32 - 1), workers=(0, 128), threads=(0, 1024))
 CHOICES = dict(model=ARCHITECTURES, loss=LOSSES, precision=("fp32", "bf16", "fp16"))
 
 def as_number(
@@ -73,7 +75,7 @@ def as_number(
     if not math.isfinite(number): return None
     return number if kind is float else int(number) if number == int(number) else None
 
-# %% ../../nbs/training/00_recipe.ipynb #a51dbec1
+# %% ../../nbs/training/00_recipe.ipynb #8701311a
 def check_field(
     name: str, # a field of `Recipe`
     value, # for it
@@ -90,6 +92,7 @@ def check_field(
     if not isinstance(value, kind): raise AutohdrError(f"{name} is {value!r}; expected {kind.__name__}, such as {kind()!r}")
     if name in CHOICES: check_name(value, CHOICES[name], name)
     if name == "crop_scale" and value: return check_crop_scale(value)
+    if name == "device" and not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value): raise AutohdrError(f"device is '{value}'; expected auto, cpu, cuda, cuda:1 or mps")
     return value
 
 def check_crop_scale(
