@@ -6,12 +6,12 @@
 __all__ = ['load_pairs', 'select', 'train_dataset', 'epoch_batches', 'TrainingDiverged', 'backward', 'update', 'train_epoch',
            'validate', 'end_epoch', 'epoch_line', 'train']
 
-# %% ../../nbs/training/02_loop.ipynb #ae95fe68
+# %% ../../nbs/training/02_loop.ipynb #3c713716
 import itertools, math, time
 from dataclasses import asdict
 from pathlib import Path
 import pandas as pd, torch
-from ..core import AutohdrError, atomic_path
+from ..core import AutohdrError, write_csv
 from ..data.pairs import PairDataset, assign_folds, assign_splits, fingerprint, make_loader, scan_pairs
 from ..losses.pixel import create_loss
 from ..metrics import l1, psnr
@@ -141,7 +141,7 @@ def validate(
         rows.append((l1(pred, target), psnr(pred, target)))
     return dict(zip(("val_l1", "val_psnr"), (sum(r) / len(rows) for r in zip(*rows))))
 
-# %% ../../nbs/training/02_loop.ipynb #497d3202
+# %% ../../nbs/training/02_loop.ipynb #a75c16d7
 def end_epoch(
     state: State,
     recipe: Recipe,
@@ -157,7 +157,7 @@ def end_epoch(
     state.history.append(row)
     if better or (math.isinf(state.best) and not judged): # the metadata of a checkpoint is all that is known of it
         save_model(state.ema.module, run_dir/"model.safetensors", recipe=asdict(recipe), epoch=state.epoch, validation={k: v for k, v in row.items() if k.startswith("val_")})
-    with atomic_path(run_dir/"history.csv") as tmp: pd.DataFrame(state.history).to_csv(tmp, index=False)
+    write_csv(run_dir/"history.csv", pd.DataFrame(state.history))
     save_state(state, run_dir/"resume.pt", recipe, print_id)
     return not (recipe.patience and state.since_best >= recipe.patience)
 
