@@ -32,7 +32,7 @@ def sample_pairs(
     table["severity"] = table.severity.astype(float)
     return table if faults else table[table.fault == ""].reset_index(drop=True)
 
-# %% ../../nbs/data/02_samples.ipynb #fabc4c33
+# %% ../../nbs/data/02_samples.ipynb #66d8dd1a
 GREY = np.array([.299, .587, .114], np.float32) # luma weights
 
 def encode(x): "sRGB encoding of linear light in [0,1]."; return np.where(x <= .0031308, 12.92 * x,
@@ -51,10 +51,10 @@ def solve(
 
 def camera_settings(rng): # numpy Generator -> dict
     "Exposure, white balance and noise of one frame; the means and spreads are those of real unedited frames."
-    warm = rng.normal(.125, .14)
-    return dict(mean=float(np.clip(rng.normal(.375, .07), .2, .52)), gains=(1 + warm, 1 - .1 * warm + rng.normal(0, .015), 1 - 1.15 * warm),
-                shot=rng.uniform(2e-4, 1.2e-3), read=rng.uniform(.0006, .002), vignette=rng.uniform(.08, .3), curve=rng.uniform(.05, .22),
-                well=rng.uniform(1.6, 4)) # light at which the sensor is full; the tone curve brings it to white
+    warm = rng.normal(.16, .14)
+    return dict(mean=float(np.clip(rng.normal(.39, .06), .22, .52)), gains=(1 + warm, 1 - .1 * warm + rng.normal(0, .015), 1 - 1.15 * warm),
+                shot=rng.uniform(2e-4, 1.2e-3), read=rng.uniform(.0006, .002), vignette=rng.uniform(.08, .3), curve=rng.uniform(-.2, .1),
+                well=rng.uniform(2, 5)) # light at which the sensor is full; the tone curve brings it to white
 
 def camera(
     hdr, # h x w x 3 linear light, any scale
@@ -76,7 +76,7 @@ def camera(
     k = solve(lambda k: (frame(k) @ GREY).mean(), s["mean"], 1e-3, 1e3)
     return np.clip(frame(k), 0, 1).astype(np.float32)
 
-# %% ../../nbs/data/02_samples.ipynb #c6bcd3c3
+# %% ../../nbs/data/02_samples.ipynb #7f19067f
 def smooth(x, guide, radius, eps): # arrays h x w; pixels; variance below which the guide counts as flat
     "Guided filter (He, Sun, Tang, 2010): a local mean that stops at the guide's edges."
     mean = lambda v: cv2.blur(v, (2 * radius + 1, 2 * radius + 1), borderType=cv2.BORDER_REFLECT)
@@ -99,11 +99,11 @@ def light_colour(
 
 def taste(rng): # numpy Generator -> dict
     "What varies from pair to pair in one editor's hand."
-    return dict(mean=float(np.clip(rng.normal(.625, .035), .52, .72)), neutral=rng.uniform(.82, .97), lift=rng.uniform(.62, .77),
+    return dict(mean=float(np.clip(rng.normal(.63, .035), .53, .72)), neutral=rng.uniform(.85, .98), lift=rng.uniform(.54, .7),
         view=rng.normal(.74, .03),
-                colour=rng.uniform(.92, 1.06), curve=rng.uniform(.65, 1.1))
+                colour=rng.uniform(.8, .95), curve=rng.uniform(.9, 1.3))
 
-# %% ../../nbs/data/02_samples.ipynb #97f6e815
+# %% ../../nbs/data/02_samples.ipynb #c8394a03
 def editor(
     hdr, # h x w x 3 linear light
     window, # h x w in [0,1], 1 where the picture looks outside
@@ -134,7 +134,7 @@ def decode(v): "Linear light of an sRGB value."; return ((v + .055) / 1.055)**2.
 def finish(x, s, colour=1.):
     "Shoulder, encoding, saturation and a gentle S-curve."
     bright = x @ GREY
-    grey = np.where(bright < .55, bright, .55 + .45 * np.tanh((bright - .55) / .6)) # the shoulder works on brightness and leaves the hue
+    grey = np.where(bright < .55, bright, .55 + .45 * np.tanh((bright - .55) / .48)) # the shoulder works on brightness and leaves the hue
     x = x * (grey / np.maximum(bright, 1e-6))[..., None]
     fade = s["colour"] * colour * np.clip((1.02 - grey) / .35, 0, 1) # what is nearly white loses its colour, as lamps do in photographs
     x = grey[..., None] + (x - grey[..., None]) * fade[..., None]

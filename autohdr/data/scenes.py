@@ -11,8 +11,8 @@ __all__ = ['MIN_LLVM', 'WALLS', 'WOODS', 'FABRICS', 'KINDS', 'SIZES', 'DAYLIGHT'
            'tap', 'tube', 'toilet', 'bathtub', 'curtain', 'picture', 'mirror', 'wall', 'window', 'door', 'plan_room',
            'shell', 'drapes', 'wall_art', 'against', 'carpet', 'lay_living', 'lay_bedroom', 'lay_dining', 'lay_kitchen',
            'lay_bathroom', 'lay_study', 'lay_hall', 'furnish', 'neighbour', 'hill', 'make_outside', 'sky', 'materials',
-           'to_mitsuba', 'to_bsdf', 'group', 'Shot', 'view_plan', 'camera_of', 'trace', 'denoise', 'sun_direction',
-           'render_room']
+           'radiance', 'to_mitsuba', 'to_bsdf', 'group', 'Shot', 'view_plan', 'camera_of', 'trace', 'denoise',
+           'sun_direction', 'render_room']
 
 # %% ../../nbs/data/01_scenes.ipynb #51258324
 import glob, math, os, re, zlib
@@ -243,7 +243,7 @@ def painting(rng, n=128):
         out[level < 1 - i / 6] = hues[i]
     return np.clip(cv2.GaussianBlur(out, (0, 0), 1.2) * np.exp(.08 * noise(rng, n, .4))[..., None], .01, .85)
 
-# %% ../../nbs/data/01_scenes.ipynb #3f528770
+# %% ../../nbs/data/01_scenes.ipynb #90c412a7
 WALLS = ("efece4 e9e4d8 ddd8cd d5d3cf cfd6d8 d8dccf e8dcc0 eadfc8 dcd0c0 c9c3b8 e6e8e8 d9c9b4 f0e6cf b9c4c6 c4cbb8 efe9df "
          "e3d6c6 d6c7a8").split()
 WOODS = "a9764a 8a5a36 c49a6c 6b4528 b98b5e d2b48c 5a4030 9c8468".split()
@@ -258,18 +258,17 @@ def make_house(
     wood, trim = pick(WOODS), pick(["f2efe8", "f4f3f0", "f2efe8", "ece5d8", "9c7650"])
     return dict(seed=seed, wall=pick(WALLS), accent=pick(WALLS + FABRICS[:6]), trim=trim, wood=wood, wood2=pick(WOODS),
         door=pick([trim, trim, wood]),
-        floor=pick(["boards", "boards", "boards", "tiles", "carpet"]), floor_colour=pick(WOODS[:6] + ["8c8074"]), height=rng.uniform(2.45,
-            2.85),
-        frame=pick(["f2efe8", "f2efe8", "efefef", "4a4038", "8a6a48"]), panes=pick([(1, 1), (2, 1), (2, 2), (2, 3), (1, 2), (3, 2)]),
-        cabinet=pick(["f0eee8", "e4dfd4", "9fb0a8", "46566a", "b98b5e", "6b4528", "d8d8d4"]), counter=pick(["d9d6d0", "4a4744", "8a8178",
-            "efece6"]),
-        metal=pick([(.75, .74, .72), (.9, .72, .42), (.12, .11, .11), (.75, .74, .72)]), warm=rng.uniform(0.75,
-            1.15), light=pick(["dome", "spots", "pendant", "fan"]),
-        sunny=bool(rng.random() < .65), sun_azimuth=pick([55., 70., 110., 125., 200., 340., 250., 290.]) + rng.uniform(-8,
-            8), sun_height=rng.uniform(28, 52),
+        floor=pick(["boards", "boards", "boards", "tiles", "carpet"]), floor_colour=pick(WOODS[:6] + ["8c8074"]),
+        height=rng.uniform(2.45, 2.85), frame=pick(["f2efe8", "f2efe8", "efefef", "4a4038", "8a6a48"]),
+        panes=pick([(1, 1), (2, 1), (2, 2), (2, 3), (1, 2), (3, 2)]),
+        cabinet=pick(["f0eee8", "e4dfd4", "9fb0a8", "46566a", "b98b5e", "6b4528", "d8d8d4"]),
+        counter=pick(["d9d6d0", "4a4744", "8a8178", "efece6"]),
+        metal=pick([(.75, .74, .72), (.9, .72, .42), (.12, .11, .11), (.75, .74, .72)]), warm=rng.uniform(0.75, 1.15),
+        light=pick(["dome", "spots", "pendant", "fan"]), sunny=bool(rng.random() < .65),
+        sun_azimuth=pick([55., 70., 110., 125., 200., 340., 250., 290.]) + rng.uniform(-8, 8), sun_height=rng.uniform(28, 52),
         upstairs=bool(rng.random() < .3), curtain=pick(FABRICS + ["e8e4da", "f0ece2", "dcd6c8"]), crown=bool(rng.random() < .4))
 
-# %% ../../nbs/data/01_scenes.ipynb #b6167a26
+# %% ../../nbs/data/01_scenes.ipynb #db4b3bfb
 def at(parts, **where): "A piece of furniture moved as a whole."; return [(m, place(mesh, **where)) for m, mesh in parts]
 
 def slab(material, sx, sy, sz, x=0, y=0, z=0, r=.006, **more): return (material, place(box(sx, sy, sz, r, **more), x, y, z))
@@ -298,8 +297,9 @@ def sofa(rng, w=2.0, fabric="fabric"):
 
 def table(rng, w, d, h, wood="wood", z_top=.035):
     "A table, its middle at y = -d/2."
-    if rng.random() < .3: parts = [slab(wood, .07, d * .8, h - z_top, s * w * .36, -d / 2, 0, .01) for s in (-1, 1)] + [slab(wood, w * .72,
-        .06, .06, 0, -d / 2, .12)]
+    if rng.random() < .3:
+        parts = [slab(wood, .07, d * .8, h - z_top, s * w * .36, -d / 2, 0, .01) for s in (-1, 1)]
+        parts.append(slab(wood, w * .72, .06, .06, 0, -d / 2, .12))
     else: parts = four_legs(wood, w, d, h - z_top, -d / 2, .035) + [slab(wood, w - .16, d - .16, .07, 0, -d / 2, h - z_top - .07)]
     return parts + [slab(wood, w, d, z_top, 0, -d / 2, h - z_top, .012)]
 
@@ -310,16 +310,16 @@ def chair(rng, fabric="fabric2"):
     bars = [("wood2", place(box(.035, .025, .42), x, -.03, .48, tilt=-6)) for x in (-.2, -.1, 0, .1, .2)]
     return parts + bars + [("wood2", place(box(.47, .035, .08, .015), 0, .015, .88, tilt=-6))]
 
-# %% ../../nbs/data/01_scenes.ipynb #9f8241cd
+# %% ../../nbs/data/01_scenes.ipynb #e302c40a
 def bed(rng, w=1.6):
     "A made bed: headboard, mattress, a duvet that hangs over the sides, pillows."
     long, top = 2.05, .5
-    head = [slab("wood", w + .12, .07, 1.1, 0, -.035, 0, .02)] if rng.random() < .5 else [slab("fabric3", w + .14, .12, 1.15, 0, -.06, 0,
-        .05)] + [
-        ("fabric3", place(box((w + .1) / 4, .08, .5, .03, puff=.02), (i - 1.5) * (w + .1) / 4, -.13, .6)) for i in range(4)]
-    parts = head
-    parts += [slab("wood", w + .04, long, .22, 0, -long / 2 - .08, .08, .02),
-        slab("white", w, long - .04, .22, 0, -long / 2 - .08, .3, .06)]
+    if rng.random() < .5: parts = [slab("wood", w + .12, .07, 1.1, 0, -.035, 0, .02)]
+    else:
+        parts = [slab("fabric3", w + .14, .12, 1.15, 0, -.06, 0, .05)]
+        parts += [("fabric3", place(box((w + .1) / 4, .08, .5, .03, puff=.02), (i - 1.5) * (w + .1) / 4, -.13, .6)) for i in range(4)]
+    parts.append(slab("wood", w + .04, long, .22, 0, -long / 2 - .08, .08, .02))
+    parts.append(slab("white", w, long - .04, .22, 0, -long / 2 - .08, .3, .06))
     x, y = np.meshgrid(np.linspace(-1, 1, 60), np.linspace(0, 1, 50), indexing="ij")
     out = np.clip(np.abs(x) - .8, 0, 1) / .2 # the part that hangs down
     px = np.sign(x) * np.minimum(np.abs(x) / .8, 1) * (w / 2 + .03) + np.sign(x) * out * .02
@@ -447,7 +447,7 @@ def ceiling_light(kind, w, d):
     return [("brass", place(pole(.018, .25), z=-.25)), ("brass", lathe([(0, -.36), (.1, -.34), (.12, -.27), (.05, -.22)])),
         ("lamp", place(ball(.1), z=-.42))] + blade
 
-# %% ../../nbs/data/01_scenes.ipynb #edb9f7cf
+# %% ../../nbs/data/01_scenes.ipynb #ba8116ec
 def units(rng, w, h=.87, d=.6, drawers=.3, wood="cabinet", top=True):
     "A run of kitchen units w wide with doors, drawers, a plinth and a worktop."
     parts = [slab("black", w - .02, d - .08, .1, 0, -d / 2 + .03, 0), slab(wood, w, d - .02, h - .1, 0, -d / 2 + .01, .1, .004)]
@@ -481,10 +481,10 @@ def wall_units(rng, w, h=.75, wood="cabinet"):
 
 def oven(rng):
     "A cooker 60 cm wide with hob and glass door."
-    return [slab("steel", .6, .6, .9, 0, -.3, 0, .006), slab("black", .58, .56, .012, 0, -.3, .9),
-        slab("black", .5, .01, .38, 0, -.605, .3),
-            ("steel", place(place(pole(.01, .46), z=0, x=-.23, roll=90), 0, -.64, .74))] + [("black",
-                place(pole(.018, .02), x, -.62, .84, tilt=90)) for x in (-.2, -.1, .1, .2)]
+    parts = [slab("steel", .6, .6, .9, 0, -.3, 0, .006), slab("black", .58, .56, .012, 0, -.3, .9)]
+    parts += [slab("black", .5, .01, .38, 0, -.605, .3)]
+    parts.append(("steel", place(place(pole(.01, .46), z=0, x=-.23, roll=90), 0, -.64, .74)))
+    return parts + [("black", place(pole(.018, .02), x, -.62, .84, tilt=90)) for x in (-.2, -.1, .1, .2)]
 
 def fridge(rng):
     "A steel fridge."
@@ -508,13 +508,13 @@ def tube(path, radius, sides=10):
     n = a[:, None] * np.cos(t)[None, :, None] + b[:, None] * np.sin(t)[None, :, None]
     return surface(p[:, None] + n * radius, n)
 
-# %% ../../nbs/data/01_scenes.ipynb #3608bcd5
+# %% ../../nbs/data/01_scenes.ipynb #51bff535
 def toilet(rng):
     "A toilet."
     bowl = place(lathe([(0, 0), (.13, 0), (.11, .12), (.17, .32), (.2, .39), (.2, .42), (0, .42)]), scale=(.95, 1.25, 1), y=-.45)
     return [("ceramic", bowl), ("ceramic", place(place(lathe([(0, 0), (.2, 0), (.2, .03), (0, .03)]), scale=(.97, 1.27, 1)), 0, -.45, .42)),
-            slab("ceramic", .4, .19, .38, 0, -.1, .4, .03), slab("ceramic", .42, .21, .035, 0, -.1, .78, .015), slab("ceramic", .22, .3, .4,
-                0, -.16, 0, .03)]
+            slab("ceramic", .4, .19, .38, 0, -.1, .4, .03), slab("ceramic", .42, .21, .035, 0, -.1, .78, .015),
+            slab("ceramic", .22, .3, .4, 0, -.16, 0, .03)]
 
 def bathtub(rng, w=1.6):
     "A tub against the wall, with a curtain rail and a curtain drawn aside."
@@ -616,7 +616,7 @@ def plan_room(
     return dict(kind=kind, w=w, d=d, h=house["height"] + (.15 if kind == "living" else 0), back=back, side=side,
         rng=[house["seed"], 3, KINDS.index(kind)])
 
-# %% ../../nbs/data/01_scenes.ipynb #a5146a7b
+# %% ../../nbs/data/01_scenes.ipynb #33687501
 def shell(house, room):
     "Floor, ceiling, walls, skirting, windows and curtains as (material, mesh) pairs."
     w, d, h = room["w"], room["d"], room["h"]
@@ -633,8 +633,7 @@ def shell(house, room):
             if z0 < .12: base = [(0, x0 - .08), (x1 + .08, length)]
             panes = house["panes"] if x1 - x0 > .7 else (1, house["panes"][1])
             parts += at(at(window(x1 - x0, z1 - z0, panes if z0 > .12 else (2, 1), sill=z0 > .12), x=(x0 + x1) / 2, z=z0), **where)
-        parts += [(m, place(mesh, **where)) for a, b in base for m, mesh in [slab("trim", b - a, depth, .11, (a + b) / 2, -depth / 2, 0,
-            .004)]]
+        for a, b in base: parts += at([slab("trim", b - a, depth, .11, (a + b) / 2, -depth / 2, 0, .004)], **where)
         if house["crown"]: parts.append(("trim", place(place(box(length, .07, .07, .03), length / 2, -.03, h - .07), **where)))
     return parts
 
@@ -647,7 +646,7 @@ def drapes(rng, room):
     rod = place(pole(.013, x1 - x0 + 2 * wide), x0 - wide, room["d"] - .1, z1 + .13, roll=90)
     return parts + [("metal", rod)] + [("metal", place(ball(.03), x, room["d"] - .1, z1 + .13)) for x in (x0 - wide, x1 + wide)]
 
-# %% ../../nbs/data/01_scenes.ipynb #8d79e772
+# %% ../../nbs/data/01_scenes.ipynb #05a0739a
 def wall_art(rng, room, side, along, z=1.55, wide=.9):
     "One to three pictures on a wall, `along` metres from its far end ('left', 'right') or from the left ('back')."
     n = rng.integers(1, 4) if wide > .8 else 1
@@ -676,15 +675,13 @@ def lay_living(rng, house, room):
     parts += at(table(rng, .65, 1.15, rng.uniform(.38, .45), "wood2"), x=w * .44, y=y + .57)
     parts += at(vase(rng, .22), x=w * .44, y=y + .15, z=.42)
     parts += [slab(f"book{k}", .2, .28, .03, w * .44, y - .2, .44 + .03 * k, .004) for k in range(2)]
-    parts += at(chest(rng, 1.6, .42, .52, 3, 1),
-        **against(room, "right", y - .1 if room["side"] == [] else d * .36)) if not room["side"] else []
-    if not room["side"]: parts += at([slab("screen", 1.25, .04, .72, 0, -.2, .6, .006), slab("black", .4, .2, .02, 0, -.2, .53)],
-        **against(room, "right", y - .1))
+    if not room["side"]:
+        screen = [slab("screen", 1.25, .04, .72, 0, -.2, .6, .006), slab("black", .4, .2, .02, 0, -.2, .53)]
+        parts += at(chest(rng, 1.6, .42, .52, 3, 1) + screen, **against(room, "right", y - .1))
     else: parts += at(sofa(rng, 1.0, "fabric3"), x=w - .35, y=y - .3, turn=-100)
     parts += at(floor_lamp(rng), x=.4, y=y + 1.5) + at(plant(rng, rng.uniform(1.1, 1.6)), x=w - .45, y=d - .5)
     parts += wall_art(rng, room, "left", y, 1.6, 1.2)
-    parts += at(sofa(rng, .95, "fabric2"), x=w * .5, y=d - .35,
-        turn=rng.uniform(-14, 14)) if room["back"][0][2] > .3 and rng.random() < .5 else []
+    if room["back"][0][2] > .3 and rng.random() < .5: parts += at(sofa(rng, .95, "fabric2"), x=w * .5, y=d - .35, turn=rng.uniform(-14, 14))
     return parts + drapes(rng, room)
 
 def lay_bedroom(rng, house, room):
@@ -707,8 +704,8 @@ def lay_dining(rng, house, room):
     x, y, tw = w * .52, d * .58, rng.uniform(1.6, 2.0)
     parts = carpet(2.2, tw + 1.0, x, y) + at(table(rng, tw, .95, .75), x=x - .475, y=y, turn=90)
     for s in (-1, 1):
-        for k in (-1, 0, 1) if tw > 1.8 else (-.7, .7): parts += at(chair(rng), x=x + s * rng.uniform(.72, .82), y=y + k * .55,
-            turn=-90 * s)
+        for k in (-1, 0, 1) if tw > 1.8 else (-.7, .7):
+            parts += at(chair(rng), x=x + s * rng.uniform(.72, .82), y=y + k * .55, turn=-90 * s)
     parts += at(chair(rng), x=x, y=y + tw / 2 + .38) + at(vase(rng, .3), x=x, y=y, z=.75)
     parts += [("leaf1", place(leaves(rng, 60, np.array([.14, .14, .16]), .05, .1), x, y, 1.12))]
     parts += at(chest(rng, 1.5, .42, .85, 3, 2), **against(room, "left", d * .58)) + wall_art(rng, room, "left", d * .58, 1.6, 1.1)
@@ -718,7 +715,7 @@ def lay_dining(rng, house, room):
     if not room["side"]: parts += at(shelf(rng, .9, 1.9), **against(room, "right", d * .6))
     return parts + drapes(rng, room)
 
-# %% ../../nbs/data/01_scenes.ipynb #990b8a82
+# %% ../../nbs/data/01_scenes.ipynb #8176f3fd
 def lay_kitchen(rng, house, room):
     "Units along the back under the window and along the left; fridge and cooker; an island with stools where there is room."
     w, d = room["w"], room["d"]
@@ -734,12 +731,9 @@ def lay_kitchen(rng, house, room):
         **against(room, "left", y1 - .93))
     parts += at(at(wall_units(rng, .6), z=1.45), **against(room, "left", y1 - .3))
     parts += at(at(wall_units(rng, .66), z=1.45), **against(room, "left", y2 + .38)) + at(fridge(rng), **against(room, "left", y2 - .42))
-    parts += [("backsplash", surface(np.array([[[.001, d - .004, .91], [.001, d - .004, 1.45]],
-        [[x0 - .1, d - .004, .91], [x0 - .1, d - .004, 1.45]]]), np.array([0, -1., 0]))),
-              ("backsplash", surface(np.array([[[x1 + .1, d - .004, .91], [x1 + .1, d - .004, 1.45]],
-                  [[w, d - .004, .91], [w, d - .004, 1.45]]]), np.array([0, -1., 0]))),
-              ("backsplash", surface(np.array([[[.004, y2, .91], [.004, y2, 1.45]], [[.004, d, .91], [.004, d, 1.45]]]),
-                  np.array([1., 0, 0])))]
+    for x, y, to_x, to_y in ((.001, d - .004, x0 - .1, d - .004), (x1 + .1, d - .004, w, d - .004), (.004, y2, .004, d)):
+        P = np.array([[[x, y, .91], [x, y, 1.45]], [[to_x, to_y, .91], [to_x, to_y, 1.45]]])
+        parts.append(("backsplash", surface(P, np.array([0, -1., 0]) if to_y == y else np.array([1., 0, 0]))))
     parts += at(vase(rng, .22), x=x1 + .2, y=d - .25, z=.91) + at(plant(rng, .45), x=x0 - .1, y=d - .25, z=.91)
     parts += [("wood2", place(box(.3, .02, .4, .01), x1 + .55, d - .08, .91, tilt=-8))]
     if w > 4.1:
@@ -747,8 +741,9 @@ def lay_kitchen(rng, house, room):
         parts += [("pot", place(lathe([(0, 0), (.07, .0), (.15, .07), (.14, .07), (.06, .015), (0, .015)]), w * .62 - .25, d * .52, .91))]
         parts += [("fruit", place(ball(.04), w * .62 - .25 + a, d * .52 + b, .965)) for a, b in ((-.04, 0), (.04, .02), (0, -.05))]
         for k in (-.45, .45): parts += at(pendant(rng, room["h"] - 1.85, globe=rng.random() < .5), x=w * .62 + k, y=d * .52, z=room["h"])
-    else: parts += at(table(rng, .8, .8, .75), x=w * .72, y=d * .5) + at(chair(rng), x=w * .72, y=d * .5 - .95, turn=180) + at(vase(rng),
-        x=w * .72, y=d * .42, z=.75)
+    else:
+        parts += at(table(rng, .8, .8, .75), x=w * .72, y=d * .5) + at(chair(rng), x=w * .72, y=d * .5 - .95, turn=180)
+        parts += at(vase(rng), x=w * .72, y=d * .42, z=.75)
     return parts
 
 def lay_bathroom(rng, house, room):
@@ -761,8 +756,8 @@ def lay_bathroom(rng, house, room):
     vanity += [("lamp", place(ball(.065), x, -.13, 2.14)) for x in (-.18, 0, .18)] + at(vase(rng, .15), x=.45, y=-.2, z=.84)
     parts += at(vanity, **against(room, "right", d * .58))
     towel = [("metal", place(pole(.009, .6), -.3, -.06, 1.3, roll=90)), ("fabric2", place(box(.4, .03, .55, .014), 0, -.06, .77)), ]
-    return parts + at(towel, **against(room, "back", w - .42)) + carpet(.6, .9, w * .56, d * .55) + at(plant(rng, .32), x=w * .5, y=d + .02,
-        z=room["back"][0][2] + .01)
+    parts += at(towel, **against(room, "back", w - .42)) + carpet(.6, .9, w * .56, d * .55)
+    return parts + at(plant(rng, .32), x=w * .5, y=d + .02, z=room["back"][0][2] + .01)
 
 def lay_study(rng, house, room):
     "A desk with screen on the right, bookcases on the left, an armchair."
@@ -776,8 +771,9 @@ def lay_study(rng, house, room):
     seat += [("black", pole(.03, .44)), ("fabric3", place(box(.5, .5, .08, .035, puff=.01), z=.44))]
     seat += [("fabric3", place(box(.46, .07, .55, .035, puff=.015), 0, .24, .55, tilt=-8)), ("black", place(ball(.025), z=.02))]
     if room["side"]: parts = at(desk, **against(room, "right", d * .6)) + at(seat, x=w - 1.05, y=d * .57, turn=80)
-    else: parts = at(desk, **against(room, "right", d * .58)) + at(seat, x=w - 1.05, y=d * .55, turn=75) + wall_art(rng, room, "right",
-        d * .58, 1.65, .9)
+    else:
+        parts = at(desk, **against(room, "right", d * .58)) + at(seat, x=w - 1.05, y=d * .55, turn=75)
+        parts += wall_art(rng, room, "right", d * .58, 1.65, .9)
     for k in range(2): parts += at(shelf(rng, .85, 1.95, wood="wood"), **against(room, "left", d * .55 + (k - .5) * .9))
     parts += carpet(1.7, 2.2, w * .48, d * .55) + at(plant(rng, 1.2), x=w - .4, y=d - .4)
     return parts + at(sofa(rng, .9, "fabric"), x=.75, y=d - .45, turn=40) + drapes(rng, room)
@@ -798,14 +794,14 @@ def furnish(house, room):
     "Everything in the room as (material, mesh) pairs: shell, furniture, ceiling light, a door."
     rng = np.random.default_rng(room["rng"])
     parts = shell(house, room) + globals()["lay_" + room["kind"]](rng, house, room)
-    if room["kind"] not in ("hall", "dining"): parts += at(ceiling_light(house["light"], room["w"], room["d"]), x=room["w"] / 2,
-        y=room["d"] * .55, z=room["h"])
+    if room["kind"] not in ("hall", "dining"):
+        parts += at(ceiling_light(house["light"], room["w"], room["d"]), x=room["w"] / 2, y=room["d"] * .55, z=room["h"])
     if room["kind"] in ("living", "bedroom", "study"): parts += at(door(), **against(room, "right", max(.9, room["d"] * .22)))
-    for x in (room["back"][0][0] - .25,
-        room["back"][-1][1] + .3): parts.append(slab("white", .075, .012, .115, x, room["d"] - .006, .28, .004)) # sockets
+    for x in (room["back"][0][0] - .25, room["back"][-1][1] + .3): # sockets
+        parts.append(slab("white", .075, .012, .115, x, room["d"] - .006, .28, .004))
     return parts
 
-# %% ../../nbs/data/01_scenes.ipynb #4cb3f95c
+# %% ../../nbs/data/01_scenes.ipynb #9b840ac9
 def neighbour(rng, w=9., d=7., h=3.2):
     "A house with a gable roof, windows and a door, around the origin."
     roof = h + rng.uniform(1.6, 2.6)
@@ -816,8 +812,9 @@ def neighbour(rng, w=9., d=7., h=3.2):
         parts.append(("roof", surface(P, np.array([0, s * .8, .6]))))
         G = np.array([[[s * w / 2, -d / 2, h], [s * w / 2, d / 2, h]], [[s * w / 2, 0, roof - .1], [s * w / 2, 0, roof - .1]]])
         parts.append(("plaster", surface(G, np.array([s, 0., 0]))))
-        for x in (-.3, .05, .33): parts += [slab("frame", 1.3, .06, 1.35, x * w, s * (d / 2 + .02), 1.0),
-            slab("pane", 1.1, .06, 1.15, x * w, s * (d / 2 + .04), 1.1)]
+        for x in (-.3, .05, .33):
+            parts.append(slab("frame", 1.3, .06, 1.35, x * w, s * (d / 2 + .02), 1.0))
+            parts.append(slab("pane", 1.1, .06, 1.15, x * w, s * (d / 2 + .04), 1.1))
         parts += [slab("pane", .06, 1.1, 1.15, s * (w / 2 + .02), 0, 1.1), slab("frame", .05, 1.3, 1.35, s * (w / 2 + .01), 0, 1.0)]
     return parts
 
@@ -841,17 +838,20 @@ def make_outside(
     for a in np.arange(-35, 145, 9):
         what, turn = rng.random(), rng.uniform(-4, 4)
         if what < .36: parts += at(tree(rng, rng.uniform(3.5, 8)), **ring(rng.uniform(11, 26), a + turn), z=g)
-        elif what < .58: parts += at(neighbour(rng, rng.uniform(8, 12)), **ring(rng.uniform(24, 40), a + turn), z=g,
-            turn=rng.choice([0, 90]) + rng.uniform(-12, 12))
-        elif what < .8: parts += at([(f"tree{rng.integers(2)}", place(leaves(rng, 260, np.array([.9, .9, .7]), .12, .5), z=.5))],
-            **ring(rng.uniform(6, 12), a + turn), z=g)
+        elif what < .58:
+            house_there = neighbour(rng, rng.uniform(8, 12))
+            parts += at(house_there, **ring(rng.uniform(24, 40), a + turn), z=g, turn=rng.choice([0, 90]) + rng.uniform(-12, 12))
+        elif what < .8:
+            bush = (f"tree{rng.integers(2)}", place(leaves(rng, 260, np.array([.9, .9, .7]), .12, .5), z=.5))
+            parts += at([bush], **ring(rng.uniform(6, 12), a + turn), z=g)
     for a in np.arange(-35, 145, 5): parts += at(tree(rng, rng.uniform(6, 11)), **ring(rng.uniform(48, 80), a + rng.uniform(-2, 2)), z=g)
     reach, kind = rng.uniform(11, 17), rng.integers(3)
     for where in (dict(x=2.3, y=2.6 + reach), dict(x=2.3 + reach, y=2.6, turn=-90)):
-        if kind == 0: parts += at([slab("fence", .14, .03, 1.5, (i - 80) * .16, 0, 0) for i in range(160)] + [slab("fence", 26, .05, .1, 0,
-            .04, z) for z in (.3, 1.2)], **where, z=g)
-        if kind == 1: parts += at([slab("tree0", 26, .7, 1.3, 0, 0, 0, .2)] + [("tree0",
-            place(leaves(rng, 2600, np.array([13, .42, .72]), .09, .75), z=.68))], **where, z=g)
+        fence = [slab("fence", .14, .03, 1.5, (i - 80) * .16, 0, 0) for i in range(160)]
+        fence += [slab("fence", 26, .05, .1, 0, .04, z) for z in (.3, 1.2)]
+        if kind == 0: parts += at(fence, **where, z=g)
+        if kind == 1: parts += at([slab("tree0", 26, .7, 1.3, 0, 0, 0, .2)], **where, z=g)
+        if kind == 1: parts += at([("tree0", place(leaves(rng, 2600, np.array([13, .42, .72]), .09, .75), z=.68))], **where, z=g)
     return parts + [slab("paving", 30, 2.6, .06, 2.3, house.get("depth", 5.5) + 1.6, g)]
 
 def sky(house, n=128):
@@ -864,7 +864,7 @@ def sky(house, n=128):
     out = blue * (1 - cover) + np.array([7., 7.1, 7.3]) * cover * (1 if house["sunny"] else .72)
     return np.where(up > 0, out, np.array([1.6, 1.7, 1.2]))
 
-# %% ../../nbs/data/01_scenes.ipynb #dbc88bfe
+# %% ../../nbs/data/01_scenes.ipynb #5632bc6a
 def materials(
     house: dict, # from `make_house`
 ) -> dict: # name -> (kind 'matt'|'gloss'|'metal'|'mirror', texture n x n x 3, side of the texture in metres, roughness)
@@ -872,8 +872,8 @@ def materials(
     rng = np.random.default_rng([house["seed"], 7])
     mats = {}
     def add(name, kind, texture, size=1., rough=.2): mats[name] = (kind, texture, size, rough)
-    for name in ("wall", "accent", "walltile", "ceiling"): add(name, "matt",
-        plain(rng, rgb(dict(wall=house["wall"], accent=house["accent"]).get(name, "f3f2ee"))), 2)
+    paint = dict(wall=house["wall"], accent=house["accent"], walltile="f3f2ee", ceiling="f3f2ee")
+    for name, c in paint.items(): add(name, "matt", plain(rng, rgb(c)), 2)
     grout = rgb("bdb9b0")
     tile = rgb(["eceae4", "dfe3e3", "d8d2c6", "b9cbc8"][rng.integers(4)])
     add("walltile", "gloss", tiles(rng, tile, grout * .9, 4, vary=.03), 1.2, .12)
@@ -888,44 +888,44 @@ def materials(
     for name in ("fabric", "fabric2", "fabric3"): add(name, "matt", weave(rng, rgb(FABRICS[rng.integers(len(FABRICS))]), amount=.1), .5)
     add("curtain", "matt", weave(rng, rgb(house["curtain"]), amount=.05), .6)
     add("duvet", "matt", weave(rng, rgb(["efece6", "e3ddd2", "b9c3cc", "cdbfae", "7d8b99"][rng.integers(5)]), amount=.05), .8)
-    add("cabinet", "gloss", plain(rng, rgb(house["cabinet"])) if house["cabinet"] not in WOODS else boards(rng, rgb(house["cabinet"]), 4),
-        1, .25)
+    cabinet = rgb(house["cabinet"])
+    add("cabinet", "gloss", boards(rng, cabinet, 4) if house["cabinet"] in WOODS else plain(rng, cabinet), 1, .25)
     add("counter", "gloss", stone(rng, rgb(house["counter"]), amount=.1), 1.1, .1)
     add("rug", "matt", rug(rng, rgb(FABRICS[rng.integers(len(FABRICS))]), rgb(["e6ddcc", "d9d0bf", "40464f"][rng.integers(3)])), 1)
     for i in range(4): add(f"art{i}", "matt", painting(rng), 1)
-    for i, c in enumerate(rng.permutation("7d2f2f 2f4f6f c9a86a 3f5f4a d9d2c3 4a3a5a 996644 22384a".split())[:6]): add(f"book{i}", "matt",
-        plain(rng, rgb(c)))
-    for name, c in dict(white="efeeea", black="1c1c1e", shade="efe3cf", bark="5a4636", screen="0d0e10", fruit="d07a2a").items(): add(name,
-        "matt", plain(rng, rgb(c)))
+    spines = rng.permutation("7d2f2f 2f4f6f c9a86a 3f5f4a d9d2c3 4a3a5a 996644 22384a".split())[:6]
+    for i, c in enumerate(spines): add(f"book{i}", "matt", plain(rng, rgb(c)))
+    things = dict(white="efeeea", black="1c1c1e", shade="efe3cf", bark="5a4636", screen="0d0e10", fruit="d07a2a")
+    for name, c in things.items(): add(name, "matt", plain(rng, rgb(c)))
     add("screen", "gloss", plain(rng, rgb("101114")), 1, .08)
     add("ceramic", "gloss", plain(rng, rgb("f1f1ee")), 1, .1)
     add("pot", "gloss", plain(rng, rgb(["b5651d", "d8d2c8", "4a4d50", "7a8f8a"][rng.integers(4)])), 1, .3)
-    for name, c in dict(leaf0="3f6b35", leaf1="5b7f45", tree0="4d6a3c", tree1="6c7a48", tree2="3a5440", hill0="66795a", hill1="7d93a0",
-                        plaster=["e9e2d2", "d9cdb8", "c9b8a8", "e3e6e6"][rng.integers(4)], roof=["7a4a3a", "54585c",
-                                "6a5a4c"][rng.integers(3)], pane="2c3a48").items():
-        add(name, "matt", plain(rng, rgb(c)))
+    land = dict(leaf0="3f6b35", leaf1="5b7f45", tree0="4d6a3c", tree1="6c7a48", tree2="3a5440", hill0="66795a", hill1="7d93a0",
+        plaster=["e9e2d2", "d9cdb8", "c9b8a8", "e3e6e6"][rng.integers(4)],
+        roof=["7a4a3a", "54585c", "6a5a4c"][rng.integers(3)], pane="2c3a48")
+    for name, c in land.items(): add(name, "matt", plain(rng, rgb(c)))
     add("grass", "matt", stone(rng, rgb(["66784a", "717f52", "7f8258"][rng.integers(3)]), amount=.2), 9)
     add("fence", "matt", boards(rng, rgb(["a9825a", "8f8a80", "efeae0"][rng.integers(3)]), 4), 1)
     add("paving", "matt", tiles(rng, rgb("b5afa4"), rgb("8f8a80")), 2.4)
-    for name, c, rough in (("metal", house["metal"], .2), ("steel", (.62, .62, .63), .28), ("chrome", (.85, .86, .87), .08),
-            ("brass", (.83, .63, .32), .25)):
-        add(name, "metal", np.ones((2, 2, 3)) * c, 1, rough)
+    metals = dict(metal=(house["metal"], .2), steel=((.62, .62, .63), .28), chrome=((.85, .86, .87), .08), brass=((.83, .63, .32), .25))
+    for name, (c, rough) in metals.items(): add(name, "metal", np.ones((2, 2, 3)) * c, 1, rough)
     add("mirror", "mirror", np.ones((2, 2, 3)) * .93)
     return mats
 
-# %% ../../nbs/data/01_scenes.ipynb #9d906b75
+# %% ../../nbs/data/01_scenes.ipynb #a986b6dc
 DAYLIGHT = np.array([4.6, 5.2, 6.1]) # radiance of a window pane towards the room
 SUN = np.array([21., 19., 16.]) # irradiance of the sun
 OUTDOORS = 1.45 # how much brighter the land is than its light in the room says: eaves and screens, which we don't build, keep light out
 LAMP, BULB = np.array([8., 5.1, 2.5]), np.array([55., 37., 19.]) # radiance of a lampshade and of a bare bulb, about 3000 K
+
+def radiance(c): "A colour of light for Mitsuba."; return {"type": "rgb", "value": [float(v) for v in c]}
 
 def to_mitsuba(mi, mesh, bsdf, emitter=None, size=1.):
     "A Mitsuba mesh object from ours."
     v, n, uv, f = merge([mesh])
     props = mi.Properties()
     props["bsdf"] = mi.load_dict(bsdf)
-    if emitter is not None: props["emitter"] = mi.load_dict({"type": "area",
-        "radiance": {"type": "rgb", "value": [float(c) for c in emitter]}})
+    if emitter is not None: props["emitter"] = mi.load_dict({"type": "area", "radiance": radiance(emitter)})
     out = mi.Mesh("mesh", len(v), len(f), has_vertex_normals=True, has_vertex_texcoords=True, props=props)
     params = mi.traverse(out)
     params["vertex_positions"], params["vertex_normals"] = v.astype(np.float32).ravel(), n.astype(np.float32).ravel()
@@ -1018,7 +1018,7 @@ def sun_direction(house):
     a, e = np.radians([house["sun_azimuth"], house["sun_height"]])
     return -np.array([np.cos(a) * np.cos(e), np.sin(a) * np.cos(e), np.sin(e)])
 
-# %% ../../nbs/data/01_scenes.ipynb #4757c185
+# %% ../../nbs/data/01_scenes.ipynb #9e8dbdbe
 def render_room(
     seed: int, # number of the property
     view: int = 0, # view of the property
@@ -1043,8 +1043,8 @@ def render_room(
     number = zlib.crc32(f"{seed} {view}".encode())
     inside, outside = group(furnish(house, room)), group(make_outside(house))
     shot = _compose(mi, house, inside, outside, bsdfs, sensor, spp, number)
-    if np.random.default_rng(room["rng"] + [1]).random() < .5: shot = [np.ascontiguousarray(x[:, ::-1])
-        for x in shot] # half of all rooms are mirrored
+    mirrored = np.random.default_rng(room["rng"] + [1]).random() < .5 # half of all rooms, for variety
+    if mirrored: shot = [np.ascontiguousarray(x[:, ::-1]) for x in shot]
     return Shot(*shot, kind, seed, view)
 
 def _compose(mi, house, inside, outside, bsdfs, sensor, spp, number):
@@ -1052,8 +1052,7 @@ def _compose(mi, house, inside, outside, bsdfs, sensor, spp, number):
     lamps = {"lamp": LAMP * house["warm"], "bulb": BULB * house["warm"]}
     day = DAYLIGHT * (1 if house["sunny"] else .75)
     path = lambda depth: {"type": "path", "max_depth": depth, "rr_depth": 3, "hide_emitters": True}
-    sun = {"sun": {"type": "directional", "direction": list(sun_direction(house)),
-        "irradiance": {"type": "rgb", "value": [float(c) for c in SUN]}}}
+    sun = {"sun": {"type": "directional", "direction": list(sun_direction(house)), "irradiance": radiance(SUN)}}
     room = trace(mi, inside, bsdfs, sensor, spp, number, {"window": day, **lamps}, integrator=path(6))
     if house["sunny"]:
         no_panes = {m: x for m, x in inside.items() if m not in ("window", "lamp", "bulb")}
