@@ -32,7 +32,7 @@ def sample_pairs(
     table["severity"] = table.severity.astype(float)
     return table if faults else table[table.fault == ""].reset_index(drop=True)
 
-# %% ../../nbs/data/02_samples.ipynb #66d8dd1a
+# %% ../../nbs/data/02_samples.ipynb #d908bc29
 GREY = np.array([.299, .587, .114], np.float32) # luma weights
 
 def encode(x): "sRGB encoding of linear light in [0,1]."; return np.where(x <= .0031308, 12.92 * x,
@@ -56,6 +56,7 @@ def camera_settings(rng): # numpy Generator -> dict
                 shot=rng.uniform(2e-4, 1.2e-3), read=rng.uniform(.0006, .002), vignette=rng.uniform(.08, .3), curve=rng.uniform(-.2, .1),
                 well=rng.uniform(2, 5)) # light at which the sensor is full; the tone curve brings it to white
 
+# %% ../../nbs/data/02_samples.ipynb #05c620df
 def camera(
     hdr, # h x w x 3 linear light, any scale
     rng, # numpy Generator
@@ -103,7 +104,7 @@ def taste(rng): # numpy Generator -> dict
         view=rng.normal(.74, .03),
                 colour=rng.uniform(.8, .95), curve=rng.uniform(.9, 1.3))
 
-# %% ../../nbs/data/02_samples.ipynb #c8394a03
+# %% ../../nbs/data/02_samples.ipynb #db2e8988
 def editor(
     hdr, # h x w x 3 linear light
     window, # h x w in [0,1], 1 where the picture looks outside
@@ -123,6 +124,7 @@ def editor(
     frame = lambda k: finish(room * k, s) * (1 - window[..., None]) + view * window[..., None]
     return np.clip(frame(solve(lambda k: (frame(k) @ GREY).mean(), s["mean"], .02, 5)), 0, 1).astype(np.float32)
 
+# %% ../../nbs/data/02_samples.ipynb #b6dfdbaf
 def pulled(hdr, window):
     "The view as its own exposure: its middle brightness becomes 1, and sky and trees come nearer to each other."
     luma = hdr @ GREY + 1e-4
@@ -141,7 +143,7 @@ def finish(x, s, colour=1.):
     v = encode(np.clip(x, 0, 1))
     return v + s["curve"] * v * (1 - v) * (v - .45)
 
-# %% ../../nbs/data/02_samples.ipynb #cdc28b3f
+# %% ../../nbs/data/02_samples.ipynb #43eb9ce5
 FAULTS = ("inverse_gamma", "wrong_gamma", "dark_edit", "bright_edit", "dark_shadows", "shift", "parallax", "blur", "swapped",
     "wrong_partner", "identical")
 
@@ -152,6 +154,7 @@ def moved(v, dx, dy):
     M = np.array([[1, 0, dx], [0, 1, dy]], float)
     return cv2.warpAffine(v, M, v.shape[1::-1], flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
+# %% ../../nbs/data/02_samples.ipynb #f25c4ec4
 def apply_fault(
     before, # h x w x 3 in [0,1]
     after, # the same shape
@@ -193,7 +196,7 @@ def transformation(
     out |= {f"p{q}": np.percentile(h, q) - np.percentile(g, q) for q in (5, 50, 95)}
     return {k: float(v) for k, v in (out | dict(saturation=saturation(after) - saturation(before))).items()}
 
-# %% ../../nbs/data/02_samples.ipynb #46eaa0b8
+# %% ../../nbs/data/02_samples.ipynb #8437f2b9
 GOOD = {1: "234", 2: "0235", 3: "034", 4: "13", 5: "023", 6: "034", 7: "123", 9: "023", 10: "013", 11: "0235", 12: "013", 13: "0234",
     15: "023", 21: "034", 23: "025"}
 FAULTY = [(14, 2, "inverse_gamma", .6), (14, 3, "wrong_gamma", .7), (14, 4, "dark_edit", .6), (16, 0, "bright_edit", .7),
@@ -215,6 +218,7 @@ def sample_plan() -> pd.DataFrame: # a row per pair: name, property, seed, view,
     plan["split"] = ["val" if seed in VAL else "test" if seed in TEST else "train" for seed in plan.seed]
     return plan
 
+# %% ../../nbs/data/02_samples.ipynb #282464ed
 def develop(
     shot, # `scenes.Shot`
     other=None, # Shot from a moved camera (parallax)
@@ -229,7 +233,7 @@ def develop(
     if not fault: return before, after
     return apply_fault(before, after, fault, severity, seeds[2], edit(other) if other is not None else partner)
 
-# %% ../../nbs/data/02_samples.ipynb #bf5dbe86
+# %% ../../nbs/data/02_samples.ipynb #d22b203f
 def render_pair(
     row, # a row of `sample_plan`
     long_side: int = 512,
@@ -243,6 +247,7 @@ def write_jpeg(path, v, quality=90):
     "A picture in [0,1] as JPEG."
     with atomic_path(path) as tmp: cv2.imwrite(str(tmp), np.rint(v[..., ::-1] * 255).astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, quality])
 
+# %% ../../nbs/data/02_samples.ipynb #747a36e0
 def write_samples(
     folder, # where before/, after/, window/ and manifest.csv go
     plan: pd.DataFrame = None, # `sample_plan()` when None

@@ -10,9 +10,9 @@ __all__ = ['MIN_LLVM', 'WALLS', 'WOODS', 'FABRICS', 'KINDS', 'SIZES', 'DAYLIGHT'
            'table_lamp', 'floor_lamp', 'pendant', 'ceiling_light', 'units', 'front', 'wall_units', 'oven', 'fridge',
            'tap', 'tube', 'toilet', 'bathtub', 'curtain', 'picture', 'mirror', 'wall', 'window', 'door', 'plan_room',
            'shell', 'drapes', 'wall_art', 'against', 'carpet', 'lay_living', 'lay_bedroom', 'lay_dining', 'lay_kitchen',
-           'lay_bathroom', 'lay_study', 'lay_hall', 'furnish', 'neighbour', 'hill', 'make_outside', 'sky', 'materials',
-           'radiance', 'to_mitsuba', 'to_bsdf', 'group', 'Shot', 'view_plan', 'camera_of', 'trace', 'denoise',
-           'sun_direction', 'render_room']
+           'lay_island', 'lay_bathroom', 'lay_study', 'lay_hall', 'furnish', 'neighbour', 'hill', 'make_outside', 'sky',
+           'materials', 'add_things', 'radiance', 'to_mitsuba', 'to_bsdf', 'group', 'Shot', 'view_plan', 'camera_of',
+           'trace', 'denoise', 'sun_direction', 'render_room']
 
 # %% ../../nbs/data/01_scenes.ipynb #51258324
 import glob, math, os, re, zlib
@@ -85,7 +85,7 @@ def merge(
     f[wrong] = f[wrong][:, ::-1]
     return v, n, uv, f
 
-# %% ../../nbs/data/01_scenes.ipynb #b7af5d69
+# %% ../../nbs/data/01_scenes.ipynb #9d0b7b0e
 def box(
     sx: float, sy: float, sz: float, # size in metres
     r: float = 0.008, # radius of the edges in metres
@@ -111,6 +111,7 @@ def box(
     v, n, uv, f = merge(parts)
     return v + [0, 0, sz / 2], n, uv, f
 
+# %% ../../nbs/data/01_scenes.ipynb #8f6ac1b1
 def lathe(
     profile, # points (radius, height) from bottom to top in metres
     sides: int = 28, # facets around
@@ -184,7 +185,7 @@ def tint(base, tone, amount): # base: 3; tone: n x n, unit deviation -> n x n x 
     "A colour lightened and darkened by a pattern."
     return np.clip(np.asarray(base) * np.exp(amount * tone)[..., None], .003, .92)
 
-# %% ../../nbs/data/01_scenes.ipynb #9f674271
+# %% ../../nbs/data/01_scenes.ipynb #55f054d9
 def boards(rng, base, rows=8, n=256):
     "Wooden boards: each with its own tone and grain, dark joints."
     tone = np.zeros((n, n))
@@ -209,6 +210,7 @@ def tiles(rng, base, grout, count=4, n=256, vary=.06):
     out[gap], out[:, gap] = grout, grout
     return out
 
+# %% ../../nbs/data/01_scenes.ipynb #47ef9516
 def weave(rng, base, n=256, amount=.12):
     "Cloth or carpet: fine noise on a soft one."
     return tint(base, noise(rng, n, .2) * amount + noise(rng, n, 1.6) * amount * .6, 1)
@@ -268,7 +270,7 @@ def make_house(
         sun_azimuth=pick([55., 70., 110., 125., 200., 340., 250., 290.]) + rng.uniform(-8, 8), sun_height=rng.uniform(28, 52),
         upstairs=bool(rng.random() < .3), curtain=pick(FABRICS + ["e8e4da", "f0ece2", "dcd6c8"]), crown=bool(rng.random() < .4))
 
-# %% ../../nbs/data/01_scenes.ipynb #db4b3bfb
+# %% ../../nbs/data/01_scenes.ipynb #cdab668c
 def at(parts, **where): "A piece of furniture moved as a whole."; return [(m, place(mesh, **where)) for m, mesh in parts]
 
 def slab(material, sx, sy, sz, x=0, y=0, z=0, r=.006, **more): return (material, place(box(sx, sy, sz, r, **more), x, y, z))
@@ -295,6 +297,7 @@ def sofa(rng, w=2.0, fabric="fabric"):
             parts.append((["fabric2", "fabric3"][rng.integers(2)], place(cushion, x, -.46, low + .44, turn=rng.uniform(-14, 14), tilt=-20)))
     return parts
 
+# %% ../../nbs/data/01_scenes.ipynb #78b46ee0
 def table(rng, w, d, h, wood="wood", z_top=.035):
     "A table, its middle at y = -d/2."
     if rng.random() < .3:
@@ -310,7 +313,7 @@ def chair(rng, fabric="fabric2"):
     bars = [("wood2", place(box(.035, .025, .42), x, -.03, .48, tilt=-6)) for x in (-.2, -.1, 0, .1, .2)]
     return parts + bars + [("wood2", place(box(.47, .035, .08, .015), 0, .015, .88, tilt=-6))]
 
-# %% ../../nbs/data/01_scenes.ipynb #e302c40a
+# %% ../../nbs/data/01_scenes.ipynb #96b21e82
 def bed(rng, w=1.6):
     "A made bed: headboard, mattress, a duvet that hangs over the sides, pillows."
     long, top = 2.05, .5
@@ -335,6 +338,7 @@ def bed(rng, w=1.6):
         if rng.random() < .7: parts.append(("fabric3", place(box(.45, .14, .4, .07, puff=.05), i * w * .2, -.42, top + .04, tilt=-32)))
     return parts
 
+# %% ../../nbs/data/01_scenes.ipynb #0471dbf2
 def chest(rng, w=1.1, d=.46, h=.8, cols=2, rows=3, wood="wood"):
     "A chest of drawers or a sideboard."
     parts = [slab(wood, w, d, h - .12, 0, -d / 2, .1, .008), slab(wood, w + .03, d + .02, .025, 0, -d / 2, h - .025, .008)]
@@ -368,7 +372,7 @@ def vase(rng, h=.25):
     r = b * np.sin(np.pi * np.clip(t * .85 + .12, 0, 1))**.8 * (1 - t) + n * (t**2 + .25)
     return [(["pot", "white", "brass", "book2"][rng.integers(4)], lathe([(0, 0)] + list(zip(r, t * h)) + [(n * .8, h)]))]
 
-# %% ../../nbs/data/01_scenes.ipynb #17dcfd98
+# %% ../../nbs/data/01_scenes.ipynb #8b17e7d5
 def leaves(rng, count, radii, size, shell=.55):
     "A cloud of leaf quads in an ellipsoid around the origin; radii and size in metres."
     d = rng.normal(size=(count, 3))
@@ -401,6 +405,7 @@ def plant(rng, h=1.2):
         blades.append(surface(np.stack([mid - side, mid + side], 1)))
     return parts + [("leaf0", merge(blades))]
 
+# %% ../../nbs/data/01_scenes.ipynb #abd519e4
 def tree(rng, h=6.):
     "A tree for the garden: broadleaf with several crowns, or conifer."
     if rng.random() < .3:
@@ -412,7 +417,7 @@ def tree(rng, h=6.):
                           *(rng.normal(size=2) * h * .13), h * rng.uniform(.5, .82))
     return [("bark", lathe([(0, 0), (h * .03, 0), (h * .016, h * .6), (0, h * .6)], 9))] + [(name, crown()) for _ in range(6)]
 
-# %% ../../nbs/data/01_scenes.ipynb #aafc2779
+# %% ../../nbs/data/01_scenes.ipynb #ba75eef5
 def table_lamp(rng, h=.5, on=True):
     "A table lamp with a fabric shade."
     r, t = h * .27, np.linspace(0, 1, 10)
@@ -427,6 +432,7 @@ def floor_lamp(rng):
     shade = lathe([(.21, 1.32), (.15, 1.6)], 30)
     return [("metal", lathe([(0, 0), (.14, 0), (.14, .02), (.012, .03), (.012, 1.5), (0, 1.5)])), ("lamp", shade)]
 
+# %% ../../nbs/data/01_scenes.ipynb #e7ad6fd6
 def pendant(rng, drop=.8, globe=False):
     "A lamp that hangs from z = 0."
     cord = ("black", place(pole(.004, drop), z=-drop))
@@ -447,7 +453,7 @@ def ceiling_light(kind, w, d):
     return [("brass", place(pole(.018, .25), z=-.25)), ("brass", lathe([(0, -.36), (.1, -.34), (.12, -.27), (.05, -.22)])),
         ("lamp", place(ball(.1), z=-.42))] + blade
 
-# %% ../../nbs/data/01_scenes.ipynb #ba8116ec
+# %% ../../nbs/data/01_scenes.ipynb #840638b3
 def units(rng, w, h=.87, d=.6, drawers=.3, wood="cabinet", top=True):
     "A run of kitchen units w wide with doors, drawers, a plinth and a worktop."
     parts = [slab("black", w - .02, d - .08, .1, 0, -d / 2 + .03, 0), slab(wood, w, d - .02, h - .1, 0, -d / 2 + .01, .1, .004)]
@@ -472,6 +478,7 @@ def front(wood, w, h, x, y, z, handle="door", side=1):
     up = z + h - .2 if z < 1 else z + .04
     return parts + [("metal", place(pole(.006, .15), x + side * (w / 2 - .035), y - .05, up))]
 
+# %% ../../nbs/data/01_scenes.ipynb #acd10dd8
 def wall_units(rng, w, h=.75, wood="cabinet"):
     "Upper kitchen units; stand them on z = 1.45."
     n = max(1, round(w / .5))
@@ -508,7 +515,7 @@ def tube(path, radius, sides=10):
     n = a[:, None] * np.cos(t)[None, :, None] + b[:, None] * np.sin(t)[None, :, None]
     return surface(p[:, None] + n * radius, n)
 
-# %% ../../nbs/data/01_scenes.ipynb #51bff535
+# %% ../../nbs/data/01_scenes.ipynb #2a4c4923
 def toilet(rng):
     "A toilet."
     bowl = place(lathe([(0, 0), (.13, 0), (.11, .12), (.17, .32), (.2, .39), (.2, .42), (0, .42)]), scale=(.95, 1.25, 1), y=-.45)
@@ -516,6 +523,7 @@ def toilet(rng):
             slab("ceramic", .4, .19, .38, 0, -.1, .4, .03), slab("ceramic", .42, .21, .035, 0, -.1, .78, .015),
             slab("ceramic", .22, .3, .4, 0, -.16, 0, .03)]
 
+# %% ../../nbs/data/01_scenes.ipynb #97dee02a
 def bathtub(rng, w=1.6):
     "A tub against the wall, with a curtain rail and a curtain drawn aside."
     parts = [slab("ceramic", w, .06, .56, 0, y, 0, .025) for y in (-.03, -.72)]
@@ -530,6 +538,7 @@ def curtain(rng, w, h, gather=7):
     y = .035 * np.sin(2 * np.pi * n * u + 1.2 * np.sin(7 * u)) * (.6 + .5 * (1 - v)) + .01 * np.sin(5 * v + 9 * u)
     return [("curtain", surface(np.stack([(u - .5) * w * (1 + .06 * (1 - v)), y, v * h], -1)))]
 
+# %% ../../nbs/data/01_scenes.ipynb #85d5a83a
 def picture(rng, w, h, name):
     "A framed picture hanging at y = 0, its middle at z = 0; `name` is the painting's material."
     frame = ["black", "wood", "white", "brass"][rng.integers(4)]
@@ -546,7 +555,7 @@ def mirror(w, h):
     parts += [slab("metal", w + .03, .03, .02, 0, -.015, z, .004) for z in (-h / 2 - .01, h / 2 - .01)]
     return parts + [slab("metal", .02, .03, h + .02, s * w / 2, -.015, -h / 2 - .01, .004) for s in (-1, 1)]
 
-# %% ../../nbs/data/01_scenes.ipynb #dfa2862b
+# %% ../../nbs/data/01_scenes.ipynb #4ee92111
 def wall(length, height, openings=()):
     "A wall in the x-z plane at y = 0 seen from -y, with openings (x0, x1, z0, z1) left out."
     xs = sorted({0, length, *(v for o in openings for v in o[:2])})
@@ -579,6 +588,7 @@ def window(w, h, panes=(2, 2), sill=True, casing=.08):
     P = np.array([[[-w / 2, .155, 0], [-w / 2, .155, h]], [[w / 2, .155, 0], [w / 2, .155, h]]])
     return parts + [("window", surface(P, np.array([0, -1., 0])))]
 
+# %% ../../nbs/data/01_scenes.ipynb #2d7ec428
 def door(w=.82, h=2.03):
     "A closed panelled door with its casing, on the wall's face at y = 0."
     parts = [slab("door", w, .02, h, 0, -.006, 0, .003)]
@@ -646,7 +656,7 @@ def drapes(rng, room):
     rod = place(pole(.013, x1 - x0 + 2 * wide), x0 - wide, room["d"] - .1, z1 + .13, roll=90)
     return parts + [("metal", rod)] + [("metal", place(ball(.03), x, room["d"] - .1, z1 + .13)) for x in (x0 - wide, x1 + wide)]
 
-# %% ../../nbs/data/01_scenes.ipynb #05a0739a
+# %% ../../nbs/data/01_scenes.ipynb #f9c7d6a8
 def wall_art(rng, room, side, along, z=1.55, wide=.9):
     "One to three pictures on a wall, `along` metres from its far end ('left', 'right') or from the left ('back')."
     n = rng.integers(1, 4) if wide > .8 else 1
@@ -667,6 +677,7 @@ def carpet(w, d, x, y):
     return [("rug", surface(P, np.array([0, 0, 1.]), np.array([[[0, 0], [0, 1]], [[1, 0], [1, 1]]]))),
         slab("shade", w, d, .011, x, y, 0, .004)]
 
+# %% ../../nbs/data/01_scenes.ipynb #96882bfc
 def lay_living(rng, house, room):
     "Sofa on the left, television on the right, table and rug between."
     w, d = room["w"], room["d"]
@@ -684,6 +695,7 @@ def lay_living(rng, house, room):
     if room["back"][0][2] > .3 and rng.random() < .5: parts += at(sofa(rng, .95, "fabric2"), x=w * .5, y=d - .35, turn=rng.uniform(-14, 14))
     return parts + drapes(rng, room)
 
+# %% ../../nbs/data/01_scenes.ipynb #2fd58c30
 def lay_bedroom(rng, house, room):
     "Bed against the left wall, chest and mirror on the right."
     w, d = room["w"], room["d"]
@@ -698,6 +710,7 @@ def lay_bedroom(rng, house, room):
     parts += at(plant(rng, 1.1), x=w - .4, y=d - .45) if rng.random() < .7 else at(sofa(rng, .9, "fabric2"), x=w - .6, y=d - .5, turn=-35)
     return parts + drapes(rng, room)
 
+# %% ../../nbs/data/01_scenes.ipynb #b770cab6
 def lay_dining(rng, house, room):
     "A table with chairs under a pendant; a sideboard on the left."
     w, d = room["w"], room["d"]
@@ -715,7 +728,7 @@ def lay_dining(rng, house, room):
     if not room["side"]: parts += at(shelf(rng, .9, 1.9), **against(room, "right", d * .6))
     return parts + drapes(rng, room)
 
-# %% ../../nbs/data/01_scenes.ipynb #8176f3fd
+# %% ../../nbs/data/01_scenes.ipynb #1e409d57
 def lay_kitchen(rng, house, room):
     "Units along the back under the window and along the left; fridge and cooker; an island with stools where there is room."
     w, d = room["w"], room["d"]
@@ -734,7 +747,12 @@ def lay_kitchen(rng, house, room):
     for x, y, to_x, to_y in ((.001, d - .004, x0 - .1, d - .004), (x1 + .1, d - .004, w, d - .004), (.004, y2, .004, d)):
         P = np.array([[[x, y, .91], [x, y, 1.45]], [[to_x, to_y, .91], [to_x, to_y, 1.45]]])
         parts.append(("backsplash", surface(P, np.array([0, -1., 0]) if to_y == y else np.array([1., 0, 0]))))
-    parts += at(vase(rng, .22), x=x1 + .2, y=d - .25, z=.91) + at(plant(rng, .45), x=x0 - .1, y=d - .25, z=.91)
+    return parts + lay_island(rng, room)
+
+def lay_island(rng, room):
+    "What stands on the worktop, and the island or the breakfast table."
+    w, d, (x0, x1) = room["w"], room["d"], room["back"][0][:2]
+    parts = at(vase(rng, .22), x=x1 + .2, y=d - .25, z=.91) + at(plant(rng, .45), x=x0 - .1, y=d - .25, z=.91)
     parts += [("wood2", place(box(.3, .02, .4, .01), x1 + .55, d - .08, .91, tilt=-8))]
     if w > 4.1:
         parts += at(units(rng, 1.5, d=.8), x=w * .62, y=d * .52 + .4) + at(vase(rng, .2), x=w * .62 + .3, y=d * .5, z=.91)
@@ -746,6 +764,7 @@ def lay_kitchen(rng, house, room):
         parts += at(vase(rng), x=w * .72, y=d * .42, z=.75)
     return parts
 
+# %% ../../nbs/data/01_scenes.ipynb #9a27bc2e
 def lay_bathroom(rng, house, room):
     "Tub along the left, vanity with mirror on the right, toilet at the back."
     w, d = room["w"], room["d"]
@@ -759,6 +778,7 @@ def lay_bathroom(rng, house, room):
     parts += at(towel, **against(room, "back", w - .42)) + carpet(.6, .9, w * .56, d * .55)
     return parts + at(plant(rng, .32), x=w * .5, y=d + .02, z=room["back"][0][2] + .01)
 
+# %% ../../nbs/data/01_scenes.ipynb #d489718e
 def lay_study(rng, house, room):
     "A desk with screen on the right, bookcases on the left, an armchair."
     w, d = room["w"], room["d"]
@@ -778,6 +798,7 @@ def lay_study(rng, house, room):
     parts += carpet(1.7, 2.2, w * .48, d * .55) + at(plant(rng, 1.2), x=w - .4, y=d - .4)
     return parts + at(sofa(rng, .9, "fabric"), x=.75, y=d - .45, turn=40) + drapes(rng, room)
 
+# %% ../../nbs/data/01_scenes.ipynb #c59c048c
 def lay_hall(rng, house, room):
     "A console table with a mirror, doors on both sides, a runner."
     w, d = room["w"], room["d"]
@@ -790,6 +811,7 @@ def lay_hall(rng, house, room):
     parts += at(pendant(rng, .35, True), x=w / 2, y=d * .4, z=room["h"]) + at(pendant(rng, .35, True), x=w / 2, y=d * .75, z=room["h"])
     return parts
 
+# %% ../../nbs/data/01_scenes.ipynb #610f9ba3
 def furnish(house, room):
     "Everything in the room as (material, mesh) pairs: shell, furniture, ceiling light, a door."
     rng = np.random.default_rng(room["rng"])
@@ -801,7 +823,7 @@ def furnish(house, room):
         parts.append(slab("white", .075, .012, .115, x, room["d"] - .006, .28, .004))
     return parts
 
-# %% ../../nbs/data/01_scenes.ipynb #9b840ac9
+# %% ../../nbs/data/01_scenes.ipynb #95e98900
 def neighbour(rng, w=9., d=7., h=3.2):
     "A house with a gable roof, windows and a door, around the origin."
     roof = h + rng.uniform(1.6, 2.6)
@@ -825,6 +847,7 @@ def hill(rng, r, height, turn):
     ring = lambda rr, z: np.stack([rr * np.cos(a), rr * np.sin(a), z], -1)
     return [(f"hill{turn}", surface(np.stack([ring(r, np.full_like(a, -4)), ring(r * 1.15, top)], 1), np.array([0, 0, 1.])))]
 
+# %% ../../nbs/data/01_scenes.ipynb #071c5fc1
 def make_outside(
     house: dict, # from `make_house`
 ) -> list: # (material, mesh) pairs; the room's floor lies at z = 0
@@ -854,6 +877,7 @@ def make_outside(
         if kind == 1: parts += at([("tree0", place(leaves(rng, 2600, np.array([13, .42, .72]), .09, .75), z=.68))], **where, z=g)
     return parts + [slab("paving", 30, 2.6, .06, 2.3, house.get("depth", 5.5) + 1.6, g)]
 
+# %% ../../nbs/data/01_scenes.ipynb #8a494c30
 def sky(house, n=128):
     "The sky as an n x 2n latitude-longitude panorama in linear light; the lower half is the land's average."
     rng = np.random.default_rng([house["seed"], 6])
@@ -864,7 +888,7 @@ def sky(house, n=128):
     out = blue * (1 - cover) + np.array([7., 7.1, 7.3]) * cover * (1 if house["sunny"] else .72)
     return np.where(up > 0, out, np.array([1.6, 1.7, 1.2]))
 
-# %% ../../nbs/data/01_scenes.ipynb #5632bc6a
+# %% ../../nbs/data/01_scenes.ipynb #57467330
 def materials(
     house: dict, # from `make_house`
 ) -> dict: # name -> (kind 'matt'|'gloss'|'metal'|'mirror', texture n x n x 3, side of the texture in metres, roughness)
@@ -893,6 +917,12 @@ def materials(
     add("counter", "gloss", stone(rng, rgb(house["counter"]), amount=.1), 1.1, .1)
     add("rug", "matt", rug(rng, rgb(FABRICS[rng.integers(len(FABRICS))]), rgb(["e6ddcc", "d9d0bf", "40464f"][rng.integers(3)])), 1)
     for i in range(4): add(f"art{i}", "matt", painting(rng), 1)
+    add_things(rng, house, add)
+    return mats
+
+# %% ../../nbs/data/01_scenes.ipynb #b078455e
+def add_things(rng, house, add):
+    "Colours of books, pots, plants, metals and of the land outside."
     spines = rng.permutation("7d2f2f 2f4f6f c9a86a 3f5f4a d9d2c3 4a3a5a 996644 22384a".split())[:6]
     for i, c in enumerate(spines): add(f"book{i}", "matt", plain(rng, rgb(c)))
     things = dict(white="efeeea", black="1c1c1e", shade="efe3cf", bark="5a4636", screen="0d0e10", fruit="d07a2a")
@@ -910,9 +940,8 @@ def materials(
     metals = dict(metal=(house["metal"], .2), steel=((.62, .62, .63), .28), chrome=((.85, .86, .87), .08), brass=((.83, .63, .32), .25))
     for name, (c, rough) in metals.items(): add(name, "metal", np.ones((2, 2, 3)) * c, 1, rough)
     add("mirror", "mirror", np.ones((2, 2, 3)) * .93)
-    return mats
 
-# %% ../../nbs/data/01_scenes.ipynb #a986b6dc
+# %% ../../nbs/data/01_scenes.ipynb #0e65ad6c
 DAYLIGHT = np.array([4.6, 5.2, 6.1]) # radiance of a window pane towards the room
 SUN = np.array([21., 19., 16.]) # irradiance of the sun
 OUTDOORS = 1.45 # how much brighter the land is than its light in the room says: eaves and screens, which we don't build, keep light out
@@ -933,6 +962,7 @@ def to_mitsuba(mi, mesh, bsdf, emitter=None, size=1.):
     params.update()
     return out
 
+# %% ../../nbs/data/01_scenes.ipynb #aad98d1d
 def to_bsdf(mi, kind, texture, size, rough):
     "A two-sided Mitsuba material from ours."
     image = {"type": "bitmap", "bitmap": mi.Bitmap(np.ascontiguousarray(texture, np.float32)), "raw": True}
@@ -948,7 +978,7 @@ def group(parts):
     for m, mesh in parts: out[m].append(mesh)
     return {m: merge(meshes) for m, meshes in out.items()}
 
-# %% ../../nbs/data/01_scenes.ipynb #eb832b99
+# %% ../../nbs/data/01_scenes.ipynb #73b41823
 @dataclass
 class Shot:
     "A rendered view in linear light."
@@ -959,6 +989,7 @@ class Shot:
     seed: int # property
     view: int # view of the property
 
+# %% ../../nbs/data/01_scenes.ipynb #b378f9bd
 def view_plan(
     seed: int, # property
     view: int, # view of it, from 0
@@ -1018,7 +1049,7 @@ def sun_direction(house):
     a, e = np.radians([house["sun_azimuth"], house["sun_height"]])
     return -np.array([np.cos(a) * np.cos(e), np.sin(a) * np.cos(e), np.sin(e)])
 
-# %% ../../nbs/data/01_scenes.ipynb #9e8dbdbe
+# %% ../../nbs/data/01_scenes.ipynb #a4963bfe
 def render_room(
     seed: int, # number of the property
     view: int = 0, # view of the property
@@ -1047,6 +1078,7 @@ def render_room(
     if mirrored: shot = [np.ascontiguousarray(x[:, ::-1]) for x in shot]
     return Shot(*shot, kind, seed, view)
 
+# %% ../../nbs/data/01_scenes.ipynb #48459b18
 def _compose(mi, house, inside, outside, bsdfs, sensor, spp, number):
     "The parts of a picture rendered and put together: linear light, window coverage, reflectance."
     lamps = {"lamp": LAMP * house["warm"], "bulb": BULB * house["warm"]}
