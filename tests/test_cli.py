@@ -1,6 +1,7 @@
 """The command line, as a person types it: a process, its output, its exit code."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -99,6 +100,14 @@ def test_enhance(trained, tmp_path):
     assert np.abs(read_photo(tmp_path / "out/a.png").pixels - read_photo(tmp_path / "in/a.png").pixels).max() > 0.002, "it was edited"
     (tmp_path / "in/broken.jpg").unlink()
     assert autohdr("enhance", "in", "--model", trained / "model.safetensors", "--out", "out", "--overwrite", "--quality", "80", cwd=tmp_path)[0] == 0
+
+
+def test_evaluate_lists_a_photo_without_partner(studio, tmp_path):
+    shutil.copytree(studio / "before", tmp_path / "pred")
+    victim = next(p for p in sorted((tmp_path / "pred").rglob("*")) if p.is_file())
+    victim.unlink()
+    code, out, err = autohdr("evaluate", "--pred", "pred", "--target", studio / "after", cwd=tmp_path)
+    assert code == 1 and victim.stem in err and "no prediction" in err
 
 
 def test_evaluate(studio, tmp_path):

@@ -93,6 +93,13 @@ def test_numpy_rooms_need_no_torch():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
+def test_exported_modules_are_complete_without_their_notebooks():
+    """A name imported in a hidden cell works in the notebook and is missing from the module."""
+    done = subprocess.run([sys.executable, "-m", "pyflakes", "autohdr"], cwd=ROOT, capture_output=True, text=True)
+    faults = [line for line in done.stdout.splitlines() if "_modidx" not in line and "__all__" not in line]
+    assert not faults and not done.stderr, faults or done.stderr
+
+
 def test_readme_is_the_index_notebook():
     from tests.readme import readme
 

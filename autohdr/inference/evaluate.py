@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['evaluate_folders', 'evaluate', 'compare_baselines', 'leaderboard']
 
-# %% ../../nbs/inference/03_evaluate.ipynb #00b6ad9f
+# %% ../../nbs/inference/03_evaluate.ipynb #c6cd8c9a
+from pathlib import Path
+
 import numpy as np, pandas as pd
 
 from ..core import AutohdrError, progress

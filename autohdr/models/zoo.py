@@ -45,7 +45,7 @@ def create_model(
     model.name, model.config, model.metadata = name, dict(config), {}
     return model
 
-# %% ../../nbs/models/01_zoo.ipynb #a795350a
+# %% ../../nbs/models/01_zoo.ipynb #c5f74af3
 def memory_per_pixel(
     name: str, # a key of `ARCHITECTURES`
     side: int = 256, # measured on a photo of side x side
@@ -59,7 +59,7 @@ def memory_per_pixel(
             if id(t) not in own: kept[t.untyped_storage()._cdata] = (t.untyped_storage().nbytes(), t)
             return t
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            out = model(torch.rand(1, 3, side, side))
+            model(torch.rand(1, 3, side, side))
         return sum(size for size, _ in kept.values()) / side**2
 
 # %% ../../nbs/models/01_zoo.ipynb #3c2d22ab

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STATES', 'now', 'write_status', 'read_status', 'git_state', 'environment_info']
 
-# %% ../../nbs/runs/01_status.ipynb #9733df6c
-import json, os, platform, socket, subprocess, sys
+# %% ../../nbs/runs/01_status.ipynb #cc560dc3
+import json, os, platform, socket, subprocess
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['RANGES', 'CHOICES', 'Recipe', 'as_number', 'check_field', 'check_crop_scale', 'updates_per_epoch', 'ema_weight']
 
-# %% ../../nbs/training/00_recipe.ipynb #17a11ed8
+# %% ../../nbs/training/00_recipe.ipynb #ea10041a
 import math, re
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from ..core import AutohdrError, check_name
 from ..losses.pixel import LOSSES
 from ..models.zoo import ARCHITECTURES

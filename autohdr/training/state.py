@@ -6,9 +6,8 @@
 __all__ = ['PARTS', 'COUNTS', 'MAY_DIFFER', 'pick_device', 'autocast', 'make_schedule', 'make_ema', 'State', 'match_report',
            'new_state', 'save_state', 'load_state']
 
-# %% ../../nbs/training/01_state.ipynb #79193a50
+# %% ../../nbs/training/01_state.ipynb #24ba760f
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 import pandas as pd, torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from torch.optim.swa_utils import AveragedModel
