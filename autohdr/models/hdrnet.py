@@ -6,11 +6,12 @@
 __all__ = ['lift', 'conv', 'GridNet', 'Guide', 'slice_grid', 'hat_weights', 'slice_rows', 'apply_affine', 'in_threads', 'HDRNet',
            'roughness']
 
-# %% ../../nbs/models/02_hdrnet.ipynb #52fe98e4
+# %% ../../nbs/models/02_hdrnet.ipynb #a8ef9bc2
 from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import nn
 import torch.nn.functional as F
+from fastcore.basics import patch
 
 # %% ../../nbs/models/02_hdrnet.ipynb #47bfd77e
 def lift(
@@ -128,7 +129,7 @@ def in_threads(
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool: list(pool.map(without_gradients, items))
     finally: torch.set_num_threads(threads)
 
-# %% ../../nbs/models/02_hdrnet.ipynb #92177446
+# %% ../../nbs/models/02_hdrnet.ipynb #24fe9d8d
 class HDRNet(nn.Module):
     "Bilateral-grid model; N x 3 x H x W in [0,1] to the same shape, any H and W."
     def __init__(self,
@@ -158,24 +159,27 @@ class HDRNet(nn.Module):
         "The bilateral grid for a photo."
         return self.grid(lift(self.shrink(x), self.log_gamma))
 
-    def mirrored(self, x): # N x 3 x H x W in [0,1]
-        "The mean of the edits of a photo and of its mirror image; the guide looks at single pixels, so averaging the grids is the same."
-        return self.apply_grid(x, (self.decide(x) + self.decide(x.flip(-1)).flip(-1)) / 2)
-
     def forward(self, x, return_grid=False): # N x 3 x H x W in [0,1]; with return_grid the pair (edit, grid)
         grid = self.decide(x)
         edit = self.apply_grid(x, grid)
         return (edit, grid) if return_grid else edit
 
-    def apply_grid(self, x, grid): # x: N x 3 x H x W, grid: from `decide`
-        "Edit every pixel; in strips where no gradient is wanted."
-        n, _, h, w = x.shape
-        rows = max(1, self.strip // (n * w))
-        if torch.is_grad_enabled() or rows >= h: return self.edit(x, grid, 0, h)
-        out = torch.empty_like(x)
-        def strip(top): out[:, :, top:top + rows] = self.edit(x[:, :, top:top + rows], grid, top, h)
-        in_threads(strip, range(0, h, rows)) if x.device.type == "cpu" else [strip(top) for top in range(0, h, rows)]
-        return out
+# %% ../../nbs/models/02_hdrnet.ipynb #36db0854
+@patch
+def apply_grid(self: HDRNet, x, grid): # x: N x 3 x H x W, grid: from `decide`
+    "Edit every pixel; in strips where no gradient is wanted."
+    n, _, h, w = x.shape
+    rows = max(1, self.strip // (n * w))
+    if torch.is_grad_enabled() or rows >= h: return self.edit(x, grid, 0, h)
+    out = torch.empty_like(x)
+    def strip(top): out[:, :, top:top + rows] = self.edit(x[:, :, top:top + rows], grid, top, h)
+    in_threads(strip, range(0, h, rows)) if x.device.type == "cpu" else [strip(top) for top in range(0, h, rows)]
+    return out
+
+@patch
+def mirrored(self: HDRNet, x): # N x 3 x H x W in [0,1]
+    "The mean of the edits of a photo and of its mirror image."
+    return self.apply_grid(x, (self.decide(x) + self.decide(x.flip(-1)).flip(-1)) / 2)
 
 # %% ../../nbs/models/02_hdrnet.ipynb #f1fe39cf
 def roughness(

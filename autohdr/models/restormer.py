@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['ChannelAttention', 'GatedFeedForward', 'TransformerBlock', 'Embed', 'Halve', 'Double', 'Restormer']
 
-# %% ../../nbs/models/03_restormer.ipynb #c81337eb
+# %% ../../nbs/models/03_restormer.ipynb #570d1f7d
 import torch
 from torch import nn
 import torch.nn.functional as F
 from einops import rearrange
+from fastcore.basics import patch
 from torch.utils.checkpoint import checkpoint
 from .layers import LayerNorm2d, pad_to_multiple
 
@@ -90,7 +91,7 @@ class Double(nn.Module):
         self.body = nn.Sequential(nn.Conv2d(dim, dim * 2, 3, padding=1, bias=False), nn.PixelShuffle(2))
     def forward(self, x): return self.body(x)
 
-# %% ../../nbs/models/03_restormer.ipynb #c05ad466
+# %% ../../nbs/models/03_restormer.ipynb #e83c3725
 class Restormer(nn.Module):
     "Restormer; N x 3 x H x W in [0,1] to the same shape, any H and W."
     def __init__(self,
@@ -122,19 +123,22 @@ class Restormer(nn.Module):
         self.decoder_level1, self.refinement = stage(0, blocks[0], out), stage(0, refinement, out)
         self.output = nn.Conv2d(out, 3, 3, padding=1, bias=False)
 
-    def _run(self, stage, x):
-        if not (self.checkpointing and torch.is_grad_enabled()): return stage(x)
-        for block in stage: x = checkpoint(block, x, use_reentrant=False)
-        return x
+# %% ../../nbs/models/03_restormer.ipynb #0c051b34
+@patch
+def _run(self: Restormer, stage, x):
+    if not (self.checkpointing and torch.is_grad_enabled()): return stage(x)
+    for block in stage: x = checkpoint(block, x, use_reentrant=False)
+    return x
 
-    def forward(self, x): # N x 3 x H x W in [0,1]
-        h, w = x.shape[-2:]
-        photo = pad_to_multiple(x, 8).contiguous(memory_format=torch.channels_last)
-        e1 = self._run(self.encoder_level1, self.patch_embed(photo))
-        e2 = self._run(self.encoder_level2, self.down1_2(e1))
-        e3 = self._run(self.encoder_level3, self.down2_3(e2))
-        y = self._run(self.latent, self.down3_4(e3))
-        y = self._run(self.decoder_level3, self.reduce_chan_level3(torch.cat([self.up4_3(y), e3], 1)))
-        y = self._run(self.decoder_level2, self.reduce_chan_level2(torch.cat([self.up3_2(y), e2], 1)))
-        y = self._run(self.decoder_level1, self.reduce_chan_level1(torch.cat([self.up2_1(y), e1], 1)))
-        return (self.output(self._run(self.refinement, y)) + photo)[..., :h, :w]
+@patch
+def forward(self: Restormer, x): # N x 3 x H x W in [0,1]
+    h, w = x.shape[-2:]
+    photo = pad_to_multiple(x, 8).contiguous(memory_format=torch.channels_last)
+    e1 = self._run(self.encoder_level1, self.patch_embed(photo))
+    e2 = self._run(self.encoder_level2, self.down1_2(e1))
+    e3 = self._run(self.encoder_level3, self.down2_3(e2))
+    y = self._run(self.latent, self.down3_4(e3))
+    y = self._run(self.decoder_level3, self.reduce_chan_level3(torch.cat([self.up4_3(y), e3], 1)))
+    y = self._run(self.decoder_level2, self.reduce_chan_level2(torch.cat([self.up3_2(y), e2], 1)))
+    y = self._run(self.decoder_level1, self.reduce_chan_level1(torch.cat([self.up2_1(y), e1], 1)))
+    return (self.output(self._run(self.refinement, y)) + photo)[..., :h, :w]
