@@ -6,13 +6,14 @@
 __all__ = ['PARTS', 'COUNTS', 'MAY_DIFFER', 'pick_device', 'autocast', 'make_schedule', 'make_ema', 'State', 'match_report',
            'new_state', 'save_state', 'load_state']
 
-# %% ../../nbs/training/01_state.ipynb #24ba760f
+# %% ../../nbs/training/01_state.ipynb #c770b504
 from dataclasses import asdict, dataclass, field
 import pandas as pd, torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from torch.optim.swa_utils import AveragedModel
 from ..core import AutohdrError, atomic_path
-from ..models.zoo import create_model, load_weights
+from ..models.weights import load_weights
+from ..models.zoo import create_model
 from .recipe import Recipe, ema_weight, updates_per_epoch
 
 # %% ../../nbs/training/01_state.ipynb #d4df99b9

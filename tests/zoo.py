@@ -1,0 +1,53 @@
+"""Reduced sizes of every architecture, and the rule that fills a model with the weights of its reference output."""
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from autohdr.models.zoo import create_model
+
+REFERENCE = Path(__file__).parent / "reference"
+# reduced sizes of each architecture, so that every test takes a moment
+SMALL = {
+    "hdrnet": dict(width=8),
+    "restormer": dict(dim=8, blocks=(1, 1, 1, 1), refinement=1),
+    "restormer_study": dict(dim=8, blocks=(1, 1, 1, 1), refinement=1),
+}
+
+
+def small(name, **config):
+    """A reduced model in evaluation mode, away from the identity that it starts as."""
+    torch.manual_seed(0)
+    model = create_model(name, **{**SMALL[name], **config}).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.02)
+    return model
+
+
+def fill(state):
+    """Deterministic weights by name, as they were put into the published implementation for its reference output."""
+    for name in sorted(state):
+        shape = tuple(state[name].shape)
+        u = np.random.default_rng(zlib.crc32(name.encode())).uniform(-1, 1, shape).astype(np.float32)
+        fan_in = int(np.prod(shape[1:]))
+        if len(shape) >= 2 and fan_in > 1:
+            u = u * 0.1 if name.endswith(("beta", "gamma")) else u * np.sqrt(3 / fan_in) * 0.5
+        else:
+            u = 1 + 0.1 * u if name.endswith(("weight", "temperature")) else 0.1 * u
+        state[name].copy_(torch.from_numpy(u.astype(np.float32)))
+
+
+def published_shapes(reference):
+    """Names and shapes of a published model's tensors."""
+    return json.loads((REFERENCE / f"{reference}.json").read_text())["state_dict"]
+
+
+def difference_to_published(model, reference):
+    """Largest difference to the published implementation's output, both filled by the rule."""
+    with torch.no_grad():
+        fill(model.state_dict())
+        x = torch.from_numpy(np.random.default_rng(7).uniform(0, 1, (1, 3, 64, 96)).astype(np.float32))
+        return np.abs(model.eval()(x).numpy() - np.load(REFERENCE / f"{reference}.npz")["output"]).max()
