@@ -129,7 +129,7 @@ def in_threads(
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool: list(pool.map(without_gradients, items))
     finally: torch.set_num_threads(threads)
 
-# %% ../../nbs/models/04_hdrnet.ipynb #24fe9d8d
+# %% ../../nbs/models/04_hdrnet.ipynb #7678f94a
 class HDRNet(nn.Module):
     "Bilateral-grid model; N x 3 x H x W in [0,1] to the same shape, any H and W."
     def __init__(self,
@@ -138,22 +138,23 @@ class HDRNet(nn.Module):
         small: int = 128, # side of the copy that the network sees, in pixels; the grid has small/8 cells a side
         gamma: float = 0.6, # exponent at the start
         dropout: float = 0., # of the global path
+        smoothness: float = 0., # weight in training of the grid's roughness; see `roughness`
         strip: int = 1 << 16, # pixels sliced at once at inference
     ):
         super().__init__()
-        self.small, self.strip = small, strip
+        self.small, self.strip, self.smoothness = small, strip, smoothness
         self.log_gamma = nn.Parameter(torch.tensor(float(gamma)).log())
         self.grid, self.guide = GridNet(width, depth, dropout), Guide()
 
     def shrink(self, x): # N x 3 x H x W
         "The small copy, antialiased: N x 3 x small x small."
-        return F.interpolate(x.float(), (self.small, self.small), mode="bilinear", antialias=True, align_corners=False)
+        return F.interpolate(x.float(), (self.small, self.small), mode="bilinear", antialias=True, align_corners=False).to(x.dtype)
 
     def edit(self, x, grid, top, height): # x: N x 3 x h x w, rows from `top` on of a photo with `height` rows
         "Apply a grid to some rows of the photo."
         lifted = lift(x, self.log_gamma)
         look_up = slice_rows if x.device.type == "cpu" and not torch.is_grad_enabled() else slice_grid
-        return lifted + apply_affine(look_up(grid, self.guide(lifted), top, height), lifted)
+        return (lifted + apply_affine(look_up(grid, self.guide(lifted), top, height), lifted)).to(x.dtype)
 
     def decide(self, x): # N x 3 x H x W
         "The bilateral grid for a photo."
@@ -181,9 +182,17 @@ def mirrored(self: HDRNet, x): # N x 3 x H x W in [0,1]
     "The mean of the edits of a photo and of its mirror image."
     return self.apply_grid(x, (self.decide(x) + self.decide(x.flip(-1)).flip(-1)) / 2)
 
-# %% ../../nbs/models/04_hdrnet.ipynb #f1fe39cf
+# %% ../../nbs/models/04_hdrnet.ipynb #c1773894
 def roughness(
     grid: torch.Tensor, # N x 12 x depth x rows x columns
 ) -> torch.Tensor: # scalar, 0 for a grid that is the same everywhere
     "Mean squared difference of neighbouring cells, summed over the three axes."
     return sum(grid.diff(dim=axis).square().mean() for axis in (2, 3, 4))
+
+@patch
+def training_terms(self: HDRNet, before, after, loss): # N x 3 x H x W each; loss: function (prediction, target) -> scalar
+    "The loss, and the weighted roughness of the grid where that is asked for."
+    pred, grid = self(before, return_grid=True)
+    terms = {"loss": loss(pred.float(), after)}
+    if self.smoothness: terms["smoothness"] = self.smoothness * roughness(grid.float())
+    return terms

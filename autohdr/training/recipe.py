@@ -12,7 +12,7 @@ from ..core import AutohdrError, check_name
 from ..losses.pixel import LOSSES
 from ..models.zoo import ARCHITECTURES
 
-# %% ../../nbs/training/00_recipe.ipynb #5c0187d5
+# %% ../../nbs/training/00_recipe.ipynb #07433a85
 @dataclass
 class Recipe:
     "A training run."
@@ -22,6 +22,7 @@ class Recipe:
     model: str = "hdrnet"        # a name that `list_models` shows
     model_config: dict = field(default_factory=dict)  # its settings, such as {"width": 8}
     init: str = ""               # checkpoint to start from; empty: fresh weights
+    base: str = ""               # checkpoint of the frozen model that controlnet_restormer or color_refiner stands on; empty: fresh weights
     size: int = 512              # long side of the working photos, in pixels
     squash: bool = False         # squash photos to size x size, as the study did, instead of keeping their aspect
     crop: int = 256              # side of the square crops that training sees, in pixels; 0: whole photos
@@ -31,7 +32,6 @@ class Recipe:
     gamma_jitter: float = 0.0    # sd of the natural log of a random exponent on the input alone
     gain_jitter: float = 0.0     # sd of the natural log of random channel gains on the input alone
     loss: str = "l1"             # a key of LOSSES
-    smoothness: float = 0.0      # weight of the roughness of hdrnet's grid, added to the loss
     lr: float = 1e-4             # peak learning rate of AdamW
     weight_decay: float = 0.02   # of AdamW
     warmup_epochs: int = 5       # linear warm-up, before the cosine
@@ -55,11 +55,9 @@ class Recipe:
         for f in fields(self): setattr(self, f.name, check_field(f.name, getattr(self, f.name)))
         if self.fold >= self.folds and self.fold >= 0:
             raise AutohdrError(f"fold is {self.fold}, but there are {self.folds} folds; expected fold under folds")
-        if self.smoothness and self.model != "hdrnet":
-            raise AutohdrError(f"smoothness is {self.smoothness}, but {self.model} has no grid to be smooth; expected 0")
 
-# %% ../../nbs/training/00_recipe.ipynb #2a0a7387
-RANGES = dict(size=(16, 16384), crop=(0, 16384), repeats=(1, 10_000), gamma_jitter=(0, 2), gain_jitter=(0, 1), smoothness=(0, 1e4), lr=(1e-8, 1), weight_decay=(0, 10),
+# %% ../../nbs/training/00_recipe.ipynb #59799c4c
+RANGES = dict(size=(16, 16384), crop=(0, 16384), repeats=(1, 10_000), gamma_jitter=(0, 2), gain_jitter=(0, 1), lr=(1e-8, 1), weight_decay=(0, 10),
               warmup_epochs=(0, 10_000), epochs=(1, 100_000), batch_size=(1, 1024), accumulate=(1, 1024), clip=(0, 1e6), ema_decay=(0, 1), patience=(0, 100_000),
               val_every=(1, 1000), folds=(0, 100), fold=(-1, 99), seed=(0, 2**32 - 1), split_seed=(0, 2**32 - 1), workers=(0, 128), threads=(0, 1024))
 CHOICES = dict(model=ARCHITECTURES, loss=LOSSES, precision=("fp32", "bf16", "fp16"))

@@ -70,7 +70,7 @@ class State:
     since_best: int = 0 # epochs since then
     history: list = field(default_factory=list) # a dict per epoch
 
-# %% ../../nbs/training/01_state.ipynb #b8d6effb
+# %% ../../nbs/training/01_state.ipynb #ca8f1574
 def match_report(
     table: pd.DataFrame, # from `load_weights`
     path, # of the checkpoint
@@ -92,7 +92,7 @@ def new_state(
     model = create_model(recipe.model, **recipe.model_config)
     if recipe.init: print(match_report(load_weights(model, recipe.init), recipe.init), flush=True)
     model = model.to(device)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=recipe.lr, weight_decay=recipe.weight_decay)
     per_epoch = updates_per_epoch(recipe, photos)
     schedule = make_schedule(optimiser, recipe.warmup_epochs * per_epoch, recipe.epochs * per_epoch)
     scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
