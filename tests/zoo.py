@@ -12,8 +12,12 @@ REFERENCE = Path(__file__).parent / "reference"
 # reduced sizes of each architecture, so that every test takes a moment
 SMALL = {
     "hdrnet": dict(width=8),
+    "color_refiner": dict(base="hdrnet", base_config=dict(width=8, small=64), width=8, depth=1),
     "restormer": dict(dim=8, blocks=(1, 1, 1, 1), refinement=1),
     "restormer_study": dict(dim=8, blocks=(1, 1, 1, 1), refinement=1),
+    "nafnet": dict(width=8, encoder=(1, 1, 1, 1), middle=1, decoder=(1, 1, 1, 1)),
+    "nafnet_64": dict(width=8, encoder=(1, 1, 1, 1), middle=1, decoder=(1, 1, 1, 1)),
+    "nafnet_study": dict(width=8, encoder=(1, 1, 1, 1), middle=1, decoder=(1, 1, 1, 1)),
 }
 
 
