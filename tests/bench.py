@@ -12,6 +12,7 @@ from autohdr.inference.predict import predict
 from autohdr.models.hdrnet import slice_grid, slice_rows
 from autohdr.models.zoo import create_model
 from autohdr.photo import ADOBE_RGB, Photo, read_photo, write_photo
+from tests.plain.nafnet import NAFNet as PlainNAFNet
 
 
 def fastest(f, repeat=3) -> float:
@@ -23,6 +24,17 @@ def fastest(f, repeat=3) -> float:
         f()
         times.append(time.perf_counter() - start)
     return min(times)
+
+
+def in_turn(*calls, repeat=3) -> list:
+    "CPU seconds of the fastest run of each call; they take turns, so that what else the machine does falls on all alike."
+    times = [[] for _ in calls]
+    for _ in range(repeat + 1):
+        for call, seconds in zip(calls, times):
+            start = time.process_time()
+            call()
+            seconds.append(time.process_time() - start)
+    return [min(t[1:]) for t in times]
 
 
 def large_jpeg(folder) -> Path:
@@ -73,7 +85,24 @@ def large_photo(folder):
     return f"HDRNet on 24 megapixels: the edit takes {edit / codec:.1f} times as long as reading and writing the JPEG ({edit:.2f} s, {codec:.2f} s)"
 
 
-BENCHES = [small_read, photo_in_and_out, wide_profile, grid_lookup, large_photo]
+def nafnet(folder):
+    torch.manual_seed(0)
+    models, x = (create_model("nafnet"), PlainNAFNet()), torch.rand(1, 3, 256, 256)
+
+    def forward(model):
+        with torch.no_grad():
+            model(x)
+
+    def step(model):
+        model.zero_grad()
+        model(x).square().mean().backward()
+
+    (ours, plain), (ours_step, plain_step) = (in_turn(*[lambda m=m: call(m) for m in models]) for call in (forward, step))
+    return (f"NAFNet at 256 x 256: forward {plain / ours:.2f} times as fast as the plain version ({ours:.2f} s, {plain:.2f} s of CPU time), "
+            f"training step {plain_step / ours_step:.2f} times ({ours_step:.2f} s, {plain_step:.2f} s)")
+
+
+BENCHES = [small_read, photo_in_and_out, wide_profile, grid_lookup, large_photo, nafnet]
 
 if __name__ == "__main__":
     for bench in BENCHES:

@@ -15,9 +15,11 @@ SMALL = {
     "color_refiner": dict(base="hdrnet", base_config=dict(width=8, small=64), width=8, depth=1),
     "restormer": dict(dim=8, blocks=(1, 1, 1, 1), refinement=1),
     "restormer_study": dict(dim=8, blocks=(1, 1, 1, 1), refinement=1),
-    "nafnet": dict(width=8, encoder=(1, 1, 1, 1), middle=1, decoder=(1, 1, 1, 1)),
-    "nafnet_64": dict(width=8, encoder=(1, 1, 1, 1), middle=1, decoder=(1, 1, 1, 1)),
-    "nafnet_study": dict(width=8, encoder=(1, 1, 1, 1), middle=1, decoder=(1, 1, 1, 1)),
+    "controlnet_restormer": dict(base_config=dict(dim=8, blocks=(1, 1, 1, 1), refinement=1, norm_bias=False)),
+    "nafnet": dict(width=8, encoder=(1, 1), middle=1, decoder=(1, 1)),
+    "nafnet_64": dict(width=8, encoder=(1, 1), middle=1, decoder=(1, 1)),
+    "nafnet_study": dict(width=8, encoder=(1, 1), middle=1, decoder=(1, 1)),
+    "mamba_diffusion": dict(dim=4, blocks=(0, 1), middle=1, d_state=4),
 }
 
 
