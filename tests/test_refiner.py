@@ -129,9 +129,11 @@ def test_checkpoint_holds_the_backbone_once(tmp_path):
 def test_set_base_is_strict():
     model, state = refiner(), small("hdrnet").state_dict()
     wrong = dict(list(state.items())[1:]), {**state, "more": torch.zeros(1)}, {k: v[..., :1] if v.ndim else v for k, v in state.items()}
+    before = {k: v.clone() for k, v in model.base.state_dict().items()}
     for bad in wrong:
-        with pytest.raises(AutohdrError, match="hdrnet"):
-            model.set_base(bad)
+        with pytest.raises(AutohdrError, match="hdrnet.*tensors differ"):
+            model.set_base({k: v + 1 for k, v in bad.items()})
+        assert all(torch.equal(v, before[k]) for k, v in model.base.state_dict().items()), "refused, yet changed"
 
 
 def test_a_misspelt_backbone_or_setting_is_an_error():

@@ -138,7 +138,7 @@ class Branch(nn.Module):
         features = F.gelu(self.tail(full + self.up1(half)))
         return self.head(features), features
 
-# %% ../../nbs/models/10_refiner.ipynb #d532e155
+# %% ../../nbs/models/10_refiner.ipynb #ab1e17d0
 class ColorRefiner(nn.Module):
     "Refiner on a frozen backbone; N x 3 x H x W in [0,1] to the same shape, any H and W."
     def __init__(self,
@@ -165,13 +165,15 @@ class ColorRefiner(nn.Module):
         return self
 
     def set_base(self, state: dict): # name to tensor, such as `load_model(path).state_dict()`
-        "Load the backbone's weights; every tensor must be there and fit."
-        try: self.base.load_state_dict(state)
-        except RuntimeError as e: raise AutohdrError(f"these weights don't fit the base {self.base.name} {self.base.config}: {e}") from e
+        "Load the backbone's weights; every tensor must be there and fit, or nothing is changed."
+        own = self.base.state_dict()
+        odd = sorted(k for k in own.keys() | state.keys() if k not in own or k not in state or own[k].shape != state[k].shape)
+        if odd: raise AutohdrError(f"these weights are not those of the base {self.base.name} {self.base.config}: {len(odd)} tensors differ, such as {odd[0]}")
+        self.base.load_state_dict(state)
 
-# %% ../../nbs/models/10_refiner.ipynb #3be16adc
+# %% ../../nbs/models/10_refiner.ipynb #63a04a07
 @patch
-def decide(self: ColorRefiner,
+def plan(self: ColorRefiner,
     photo: torch.Tensor, # N x 3 x H x W
     edit: torch.Tensor, # N x 3 x H x W, the backbone's output
 ): # (curves: N x 3 x (knots + 1), changes: three of N x 3 x H x W, weights: N x 3 x H x W that sum to 1), float32
@@ -188,14 +190,14 @@ def decide(self: ColorRefiner,
     weights = self.fuse(torch.cat(features, 1))[..., :h, :w].float().softmax(1)
     return self.curves(whole), changes, weights
 
-# %% ../../nbs/models/10_refiner.ipynb #d8aa8cec
+# %% ../../nbs/models/10_refiner.ipynb #15c50e7f
 @patch
 def refine(self: ColorRefiner,
     photo: torch.Tensor, # N x 3 x H x W in [0,1]
     edit: torch.Tensor, # N x 3 x H x W, the backbone's output
 ) -> torch.Tensor: # N x 3 x H x W
     "The refined edit."
-    above, (in_rgb, in_hsv, in_lab), weights = self.decide(photo, edit)
+    above, (in_rgb, in_hsv, in_lab), weights = self.plan(photo, edit)
     tone = bend(edit.float(), above)
     bent = (edit.float() + tone).clamp(0, 1)
     proposals = torch.stack([in_rgb, move_hsv(bent, in_hsv), move_lab(bent, in_lab)], 1)
