@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['RANGES', 'CHOICES', 'Recipe', 'as_number', 'check_field', 'check_crop_scale', 'updates_per_epoch', 'ema_weight']
 
-# %% ../../nbs/training/00_recipe.ipynb #ea10041a
+# %% ../../nbs/training/00_recipe.ipynb #04dee652
 import math, re
 from dataclasses import dataclass, field, fields
 from ..core import AutohdrError, check_name
 from ..losses.pixel import LOSSES
-from ..models.zoo import ARCHITECTURES
+from ..models.zoo import ARCHITECTURES, settings
 
-# %% ../../nbs/training/00_recipe.ipynb #07433a85
+# %% ../../nbs/training/00_recipe.ipynb #e3f49fdb
 @dataclass
 class Recipe:
     "A training run."
@@ -55,6 +55,9 @@ class Recipe:
         for f in fields(self): setattr(self, f.name, check_field(f.name, getattr(self, f.name)))
         if self.fold >= self.folds and self.fold >= 0:
             raise AutohdrError(f"fold is {self.fold}, but there are {self.folds} folds; expected fold under folds")
+        for key in self.model_config: check_name(key, settings(self.model), f"setting of {self.model}")
+        if self.base and "base" not in settings(self.model):
+            raise AutohdrError(f"base is '{self.base}', but {self.model} stands on no frozen model; expected ''")
 
 # %% ../../nbs/training/00_recipe.ipynb #59799c4c
 RANGES = dict(size=(16, 16384), crop=(0, 16384), repeats=(1, 10_000), gamma_jitter=(0, 2), gain_jitter=(0, 1), lr=(1e-8, 1), weight_decay=(0, 10),
