@@ -19,7 +19,10 @@ SMALL = {
     "nafnet": dict(width=8, encoder=(1, 1), middle=1, decoder=(1, 1)),
     "nafnet_64": dict(width=8, encoder=(1, 1), middle=1, decoder=(1, 1)),
     "nafnet_study": dict(width=8, encoder=(1, 1), middle=1, decoder=(1, 1)),
-    "mamba_diffusion": dict(dim=4, blocks=(0, 1), middle=1, d_state=4),
+    "mamba_diffusion": dict(dim=4, blocks=(0, 0, 1), middle=1, d_state=4),
+    "darkir": dict(width=8, encoder=(1,), middle=(1, 1), decoder=(1,)),
+    "darkir_l": dict(width=8, encoder=(1,), middle=(1, 1), decoder=(1,)),
+    "retinexformer": dict(n_feat=8, num_blocks=(1, 1, 1)),
 }
 
 

@@ -71,29 +71,31 @@ def segment(
     v = v[:, :, start:start + steps].permute(2, 0, 1, 3).to(torch.promote_types(v.dtype, torch.float32))
     return F.pad(v, (0, 0, 0, 0, 0, 0, 0, -len(v) % chunks)).contiguous()
 
-# %% ../../nbs/models/11_scan.ipynb #e6eaf172
-def segment_states(x, delta, A, B, h, chunks): # x, delta: T x N x K x D; A: K x S x D; B: T x N x K x S; h: N x K x S x D
-    "Decays and states of a segment, both T x N x K x S x D."
-    decay = (delta.unsqueeze(-2) * A).exp_()
-    return decay, recur(decay, (delta * x).unsqueeze(-2) * B.unsqueeze(-1), h, chunks)
+# %% ../../nbs/models/11_scan.ipynb #7e1c986e
+def segment_states(x, delta, A, B, h, chunks, room): # x, delta: T x N x K x D; A: K x S x D; B: T x N x K x S; h: N x K x S x D; room: 2 x T x N x K x S x D
+    "Decays and states of a segment, written into `room`."
+    decay, states = room
+    torch.mul(delta.unsqueeze(-2), A, out=decay).exp_()
+    torch.mul((delta * x).unsqueeze(-2), B.unsqueeze(-1), out=states)
+    return decay, recur(decay, states, h, chunks)
 
-def segment_gradients(x, delta, A, B, C, dy, h, p, chunks): # as above; dy: T x N x K x D; p: N x K x S x D, what later steps hand back
+def segment_gradients(x, delta, A, B, C, dy, h, p, chunks, room): # as above; dy: T x N x K x D; p: N x K x S x D, what later steps hand back; room for 4
     "Gradients by x, delta, A, B, C over a segment, and what it hands back to the steps before."
-    decay, states = segment_states(x, delta, A, B, h, chunks)
-    dC = (states * dy.unsqueeze(-2)).sum(-1)
-    g = C.unsqueeze(-1) * dy.unsqueeze(-2)
-    back = recur(decay, decay * g, p, chunks, reverse=True)
+    decay, states = segment_states(x, delta, A, B, h, chunks, room[:2])
+    g = torch.mul(C.unsqueeze(-1), dy.unsqueeze(-2), out=room[2])
+    back = recur(decay, torch.mul(decay, g, out=room[3]), p, chunks, reverse=True)
     g[:-1] += back[1:]
     g[-1] += p
-    before = back[0].clone()
-    dB = (g * (delta * x).unsqueeze(-2)).sum(-1)
+    before, product = back[0].clone(), decay # the decays are not needed any more
+    dC = torch.mul(states, dy.unsqueeze(-2), out=product).sum(-1)
+    dB = torch.mul(g, (delta * x).unsqueeze(-2), out=product).sum(-1)
     dxd = g.mul_(B.unsqueeze(-1)).sum(-2)
     back[1:] *= states[:-1]
     back[0] *= h
-    dA = (back * delta.unsqueeze(-2)).sum((0, 1))
+    dA = torch.mul(back, delta.unsqueeze(-2), out=product).sum((0, 1))
     return dxd * delta, back.mul_(A).sum(-2) + dxd * x, dA, dB, dC, before
 
-# %% ../../nbs/models/11_scan.ipynb #171c5725
+# %% ../../nbs/models/11_scan.ipynb #4f26a289
 class Scan(torch.autograd.Function):
     "`naive_scan`, in segments and chunks."
     @staticmethod
@@ -105,12 +107,13 @@ class Scan(torch.autograd.Function):
         ctx.save_for_backward(x, delta, A, B, C, starts)
         if x.is_meta: return y
         At = A.transpose(1, 2).to(starts.dtype).contiguous()
+        room = starts.new_empty(2, steps, *starts.shape[1:])
         for i in range(len(starts)):
             xs, ds, Bs, Cs = (segment(v, i * steps, steps, chunks) for v in (x, delta, B, C))
-            states = segment_states(xs, ds, At, Bs, starts[i], chunks)[1]
-            part = y[:, :, i * steps:(i + 1) * steps]
-            part.copy_((states * Cs.unsqueeze(-1)).sum(-2).permute(1, 2, 0, 3)[:, :, :part.shape[2]])
+            product, states = segment_states(xs, ds, At, Bs, starts[i], chunks, room[:, :len(xs)])
             if i + 1 < len(starts): starts[i + 1] = states[-1]
+            part = y[:, :, i * steps:(i + 1) * steps]
+            part.copy_(torch.mul(states, Cs.unsqueeze(-1), out=product).sum(-2).permute(1, 2, 0, 3)[:, :, :part.shape[2]])
         return y
 
     @staticmethod
@@ -121,9 +124,10 @@ class Scan(torch.autograd.Function):
         grads = [torch.empty_like(v) for v in (x, delta, B, C)]
         dA, p = torch.zeros_like(A.transpose(1, 2), dtype=starts.dtype), torch.zeros_like(starts[0])
         At = A.transpose(1, 2).to(starts.dtype).contiguous()
+        room = starts.new_empty(4, steps, *starts.shape[1:])
         for i in reversed(range(0 if x.is_meta else len(starts))):
             xs, ds, Bs, Cs, dys = (segment(v, i * steps, steps, chunks) for v in (x, delta, B, C, dy))
-            dx, dd, dAs, dB, dC, p = segment_gradients(xs, ds, At, Bs, Cs, dys, starts[i], p, chunks)
+            dx, dd, dAs, dB, dC, p = segment_gradients(xs, ds, At, Bs, Cs, dys, starts[i], p, chunks, room[:, :len(xs)])
             dA += dAs
             for whole, part in zip(grads, (dx, dd, dB, dC)):
                 whole = whole[:, :, i * steps:(i + 1) * steps]
