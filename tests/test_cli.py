@@ -153,3 +153,33 @@ def test_installed_from_a_wheel_it_runs(tmp_path):
     assert code == 0 and status["state"] == "complete", err
     assert status["notebook"] == str(tmp_path / "site/autohdr/resources/experiments/train.ipynb")
     assert (tmp_path / "runs/demo/wheel/report.html").exists()
+
+
+def test_foreign_weights_become_a_checkpoint_that_edits(studio, tmp_path):
+    """A published .pth is recognised, converted, and used like a model of our own."""
+    import torch
+
+    from autohdr.models.zoo import create_model
+
+    torch.manual_seed(0)
+    state = create_model("restormer", dim=8, blocks=(1, 1, 1, 1), refinement=1).state_dict()
+    torch.save({"params": {"module." + k: v for k, v in state.items()}}, tmp_path / "foreign.pth")
+    code, out, err = autohdr("weights", "foreign.pth", "--out", "ours.safetensors", cwd=tmp_path)
+    assert code == 0 and "restormer" in out and "100.0% of the model's parameters matched" in out, out + err
+    photo = studio / "before/house0_0.png"
+    code, out, err = autohdr("enhance", photo, "--model", "ours.safetensors", "--out", "edited", "--device", "cpu", cwd=tmp_path)
+    assert code == 0 and read_size(tmp_path / "edited/house0_0.png") == read_size(photo), out + err
+
+
+def test_weights_that_cannot_be_used_end_in_one_line(tmp_path):
+    (tmp_path / "page.pth").write_text("<!doctype html>" * 100)
+    for args, said in ((["page.pth"], "page.pth"), (["nowhere.pth"], "nowhere.pth"), (["page.pth", "--out", "x.pth"], ".safetensors")):
+        code, out, err = autohdr("weights", *args, cwd=tmp_path)
+        assert code == 1 and said in err and err.count("\n") == 1 and "Traceback" not in err, err
+    code, out, err = autohdr("weights", "restormer_deraining", cwd=tmp_path, env=dict(AUTOHDR_CACHE=str(tmp_path / "cache"), HTTPS_PROXY="http://127.0.0.1:9"))
+    assert code == 1 and "releases/download/v1.0/deraining.pth" in err and str(tmp_path / "cache") in err and err.count("\n") == 1, err
+
+
+def test_published_weights_are_listed(tmp_path):
+    code, out, err = autohdr("weights", cwd=tmp_path)
+    assert code == 0 and "https://huggingface.co/Cidaut/DarkIR" in out and "licence: MIT" in out and "104.7 MB" in out, err

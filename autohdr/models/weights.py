@@ -60,10 +60,10 @@ PUBLISHED = {
         6_478_393, "539bd16c4da6179e45616329f249c4672951b1045193428e1d042c50d4b65a0b", "MIT", by_hand=True),
 }
 
-# %% ../../nbs/models/03_weights.ipynb #52de0500
-def list_published() -> pd.DataFrame: # indexed by name: model, task, megabytes, licence, fetched, url
+# %% ../../nbs/models/03_weights.ipynb #edf24d5f
+def list_published() -> pd.DataFrame: # indexed by name: model, task, size, sha256, cached, licence, url
     "All published checkpoints that have a name here, and whether they are in the cache."
-    rows = {name: dict(model=e.model, task=e.task, megabytes=round(e.size / 1e6, 1) if e.size else None, sha256=e.sha256[:12] or "not known",
+    rows = {name: dict(model=e.model, task=e.task, size=f"{e.size / 1e6:.1f} MB" if e.size else "size not known", sha256=e.sha256 or "not known",
                        cached=cached_file(name).is_file(), licence=e.licence, url=e.url) for name, e in PUBLISHED.items()}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("name")
 
@@ -79,12 +79,12 @@ def cached_file(
     suffix = Path(PUBLISHED[name].url).suffix
     return cache_folder()/(name + (suffix if suffix in (".pth", ".pt", ".safetensors") else ".pth"))
 
-# %% ../../nbs/models/03_weights.ipynb #e9307709
+# %% ../../nbs/models/03_weights.ipynb #1c495606
 def _check_file(
     name: str, # a key of `PUBLISHED`
     file: Path, # claims to be it
 ):
-    "An error unless the file has the right size and digest; an unknown digest is recorded beside the file."
+    "An error unless the file has the right size and digest. Where no digest is known, the first one is recorded beside the file."
     entry, record = PUBLISHED[name], file.with_name(file.name + ".sha256")
     size, digest = file.stat().st_size, file_hash(file)
     if entry.size and size != entry.size: raise AutohdrError(f"{file}: has {size:,} bytes; {name} has {entry.size:,}. Delete the file and fetch it again")
@@ -110,7 +110,7 @@ class _Lines:
 
 def _progress(): return tqdm(unit="B", unit_scale=True, file=sys.stderr) if sys.stderr.isatty() else _Lines()
 
-# %% ../../nbs/models/03_weights.ipynb #8e32b871
+# %% ../../nbs/models/03_weights.ipynb #d235c5bd
 def fetch_published(
     name: str, # a key of `PUBLISHED`
 ) -> Path: # in the cache
@@ -121,7 +121,11 @@ def fetch_published(
         print(f"{name} ({entry.task})\n  from {entry.url}\n  to {file}\n  size {f'{entry.size / 1e6:.1f} MB' if entry.size else 'not known'}, "
               f"SHA-256 {entry.sha256 or 'not known'}\n  licence: {entry.licence}", flush=True)
         _download(entry, file)
-    _check_file(name, file)
+        try: _check_file(name, file)
+        except AutohdrError: # only where pooch had no digest to go by
+            file.unlink()
+            raise
+    else: _check_file(name, file)
     return file
 
 def _download(entry: Published, file: Path):

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['RANGES', 'CHOICES', 'Recipe', 'as_number', 'check_field', 'check_crop_scale', 'updates_per_epoch', 'ema_weight']
 
-# %% ../../nbs/training/00_recipe.ipynb #04dee652
+# %% ../../nbs/training/00_recipe.ipynb #f04b13d7
 import math, re
 from dataclasses import dataclass, field, fields
 from ..core import AutohdrError, check_name
 from ..losses.pixel import LOSSES
+from ..models.weights import PUBLISHED
 from ..models.zoo import ARCHITECTURES, settings
 
-# %% ../../nbs/training/00_recipe.ipynb #e3f49fdb
+# %% ../../nbs/training/00_recipe.ipynb #52d2ee47
 @dataclass
 class Recipe:
     "A training run."
@@ -21,8 +22,8 @@ class Recipe:
     split_seed: int = 0          # of splits and folds; apart from seed, so that runs with several seeds are judged by the same photos
     model: str = "hdrnet"        # a name that `list_models` shows
     model_config: dict = field(default_factory=dict)  # its settings, such as {"width": 8}
-    init: str = ""               # checkpoint to start from; empty: fresh weights
-    base: str = ""               # checkpoint of the frozen model that controlnet_restormer or color_refiner stands on; empty: fresh weights
+    init: str = ""               # checkpoint to start from, or published:NAME; empty: fresh weights
+    base: str = ""               # checkpoint, or published:NAME, of the frozen model that controlnet_restormer or color_refiner stands on; empty: fresh weights
     size: int = 512              # long side of the working photos, in pixels
     squash: bool = False         # squash photos to size x size, as the study did, instead of keeping their aspect
     crop: int = 256              # side of the square crops that training sees, in pixels; 0: whole photos
@@ -76,7 +77,7 @@ def as_number(
     if not math.isfinite(number): return None
     return number if kind is float else int(number) if number == int(number) else None
 
-# %% ../../nbs/training/00_recipe.ipynb #8701311a
+# %% ../../nbs/training/00_recipe.ipynb #9823e6d7
 def check_field(
     name: str, # a field of `Recipe`
     value, # for it
@@ -92,6 +93,7 @@ def check_field(
     if kind is list and isinstance(value, tuple): value = list(value)
     if not isinstance(value, kind): raise AutohdrError(f"{name} is {value!r}; expected {kind.__name__}, such as {kind()!r}")
     if name in CHOICES: check_name(value, CHOICES[name], name)
+    if name in ("init", "base") and value.startswith("published:"): check_name(value.removeprefix("published:"), PUBLISHED, "published checkpoint")
     if name == "crop_scale" and value: return check_crop_scale(value)
     if name == "device" and not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value): raise AutohdrError(f"device is '{value}'; expected auto, cpu, cuda, cuda:1 or mps")
     return value
