@@ -54,7 +54,7 @@ def scaled_conv(
     "A scaled convolution, the scale in its weights."
     return F.conv2d(x, conv.weight * scale.transpose(0, 1), conv.bias * scale.flatten())
 
-# %% ../../nbs/models/06_nafnet.ipynb #d45d2312
+# %% ../../nbs/models/06_nafnet.ipynb #c69e00dc
 class NAFBlock(nn.Module):
     "Depthwise convolution with channel attention, then a gate on each pixel; N x C x H x W to the same."
     def __init__(self,
@@ -72,20 +72,17 @@ class NAFBlock(nn.Module):
         self.norm1, self.norm2 = ChannelNorm(channels), ChannelNorm(channels)
         self.beta, self.gamma = (nn.Parameter(torch.zeros(1, channels, 1, 1)) for _ in range(2))
 
-# %% ../../nbs/models/06_nafnet.ipynb #b2aad532
-@patch
-def attention(self: NAFBlock, x, window=0): # N x C x H x W; side of the window, 0 for the whole
-    "A factor per channel, for the photo or around each pixel."
-    return self.sca(local_mean(x, window).to(x.dtype) if window else x.mean((2, 3), keepdim=True))
+    def attention(self, x, window=0): # N x C x H x W; side of the window, 0 for the whole
+        "A factor per channel, for the photo or around each pixel."
+        return self.sca(local_mean(x, window).to(x.dtype) if window else x.mean((2, 3), keepdim=True))
 
-@patch
-def forward(self: NAFBlock, x, window=0): # N x C x H x W; side of the attention's window, 0 for the whole
-    y = simple_gate(self.conv2(self.conv1(self.norm1(x))))
-    if self.attention_last:
-        y = self.conv3(y)
-        x = x + y * (self.attention(y, window) * self.beta)
-    else: x = x + scaled_conv(self.conv3, self.beta, y * self.attention(y, window))
-    return x + scaled_conv(self.conv5, self.gamma, simple_gate(self.conv4(self.norm2(x))))
+    def forward(self, x, window=0): # N x C x H x W; side of the attention's window, 0 for the whole
+        y = simple_gate(self.conv2(self.conv1(self.norm1(x))))
+        if self.attention_last:
+            y = self.conv3(y)
+            x = x + y * (self.attention(y, window) * self.beta)
+        else: x = x + scaled_conv(self.conv3, self.beta, y * self.attention(y, window))
+        return x + scaled_conv(self.conv5, self.gamma, simple_gate(self.conv4(self.norm2(x))))
 
 # %% ../../nbs/models/06_nafnet.ipynb #156e19d7
 class NAFNet(nn.Module):
