@@ -12,7 +12,9 @@ from autohdr.inference.predict import predict
 from autohdr.models.hdrnet import slice_grid, slice_rows
 from autohdr.models.zoo import create_model
 from autohdr.photo import ADOBE_RGB, Photo, read_photo, write_photo
+from tests.plain.darkir import DarkIR as PlainDarkIR
 from tests.plain.nafnet import NAFNet as PlainNAFNet
+from tests.plain.retinexformer import RetinexFormer as PlainRetinexFormer
 
 
 def fastest(f, repeat=3) -> float:
@@ -85,9 +87,9 @@ def large_photo(folder):
     return f"HDRNet on 24 megapixels: the edit takes {edit / codec:.1f} times as long as reading and writing the JPEG ({edit:.2f} s, {codec:.2f} s)"
 
 
-def nafnet(folder):
+def against_plain(label, name, plain):
     torch.manual_seed(0)
-    models, x = (create_model("nafnet"), PlainNAFNet()), torch.rand(1, 3, 256, 256)
+    models, x = (create_model(name), plain), torch.rand(1, 3, 256, 256)
 
     def forward(model):
         with torch.no_grad():
@@ -98,11 +100,23 @@ def nafnet(folder):
         model(x).square().mean().backward()
 
     (ours, plain), (ours_step, plain_step) = (in_turn(*[lambda m=m: call(m) for m in models]) for call in (forward, step))
-    return (f"NAFNet at 256 x 256: forward {plain / ours:.2f} times as fast as the plain version ({ours:.2f} s, {plain:.2f} s of CPU time), "
+    return (f"{label} at 256 x 256: forward {plain / ours:.2f} times as fast as the plain version ({ours:.2f} s, {plain:.2f} s of CPU time), "
             f"training step {plain_step / ours_step:.2f} times ({ours_step:.2f} s, {plain_step:.2f} s)")
 
 
-BENCHES = [small_read, photo_in_and_out, wide_profile, grid_lookup, large_photo, nafnet]
+def nafnet(folder):
+    return against_plain("NAFNet", "nafnet", PlainNAFNet())
+
+
+def darkir(folder):
+    return against_plain("DarkIR", "darkir", PlainDarkIR())
+
+
+def retinexformer(folder):
+    return against_plain("RetinexFormer", "retinexformer", PlainRetinexFormer())
+
+
+BENCHES = [small_read, photo_in_and_out, wide_profile, grid_lookup, large_photo, nafnet, darkir, retinexformer]
 
 if __name__ == "__main__":
     for bench in BENCHES:

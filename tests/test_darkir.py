@@ -6,7 +6,7 @@ from torch.nn.functional import l1_loss
 from autohdr.models.darkir import DarkIR, infer_config
 from autohdr.models.zoo import create_model
 from tests.plain.darkir import DarkIR as Plain
-from tests.zoo import difference_to_published, fill, published_shapes, small
+from tests.zoo import difference_to_published, fill, kept_per_pixel, published_shapes, small
 
 SIZES = dict(width=8, encoder=(1, 1, 2), middle=(1, 1), decoder=(2, 1, 1))
 
@@ -75,3 +75,9 @@ def test_side_output_learns_only_where_it_has_a_weight():
     model = small("darkir", side_weight=0)
     sum(model.training_terms(before, after, l1_loss).values()).backward()
     assert model.side_out.weight.grad is None
+
+
+def test_training_keeps_no_more_than_the_plain_version():
+    with torch.device("meta"):
+        ours, plain = DarkIR(), Plain()
+    assert kept_per_pixel(ours) <= kept_per_pixel(plain)

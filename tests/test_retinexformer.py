@@ -5,7 +5,7 @@ import torch
 from autohdr.models.retinexformer import RetinexFormer, infer_config
 from autohdr.models.zoo import create_model
 from tests.plain.retinexformer import RetinexFormer as Plain
-from tests.zoo import difference_to_published, fill, published_shapes
+from tests.zoo import difference_to_published, fill, kept_per_pixel, published_shapes
 
 SIZES = dict(n_feat=8, stage=2, num_blocks=(1, 1, 2))
 
@@ -51,3 +51,9 @@ def test_outputs_and_gradients_are_those_of_the_plain_version(size):
 def test_flat_photos_have_finite_gradients(level):
     grads = gradients(RetinexFormer(**SIZES), torch.full((1, 3, 32, 48), level))
     assert all(g.isfinite().all() for g in grads.values())
+
+
+def test_training_keeps_no_more_than_the_plain_version():
+    with torch.device("meta"):
+        ours, plain = RetinexFormer(), Plain()
+    assert kept_per_pixel(ours) <= kept_per_pixel(plain)

@@ -60,3 +60,17 @@ def difference_to_published(model, reference):
         fill(model.state_dict())
         x = torch.from_numpy(np.random.default_rng(7).uniform(0, 1, (1, 3, 64, 96)).astype(np.float32))
         return np.abs(model.eval()(x).numpy() - np.load(REFERENCE / f"{reference}.npz")["output"]).max()
+
+
+def kept_per_pixel(model, side=256):
+    """Bytes per pixel that autograd keeps for the backward pass of a model on the meta device."""
+    own, kept = {id(p) for p in model.parameters()}, {}
+
+    def pack(t):
+        if id(t) not in own:
+            kept[t.untyped_storage()._cdata] = (t.untyped_storage().nbytes(), t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        model(torch.rand(1, 3, side, side, device="meta"))
+    return sum(size for size, _ in kept.values()) / side**2

@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from .layers import ChannelNorm, pad_to_multiple, simple_gate
 from .nafnet import scaled_conv
 
-# %% ../../nbs/models/07_darkir.ipynb #8fa5b17c
+# %% ../../nbs/models/07_darkir.ipynb #65650424
 FLOOR = 1e-6 # amplitude in an orthonormal transform, where rounding error is about 1e-7
 
 class FrequencyMLP(nn.Module):
@@ -37,8 +37,8 @@ class FrequencyMLP(nn.Module):
         old = waves.abs()
         new = bend(F.conv2d(old.to(x.dtype), widen.weight, widen.bias / root))
         new = F.conv2d(new, narrow.weight * scale.transpose(0, 1), narrow.bias * scale.flatten() / root)
-        ratio = (new.float() / old.clamp(min=FLOOR)).unsqueeze(-1)
-        waves = torch.view_as_complex(torch.view_as_real(waves) * ratio)
+        ratio = torch.where(old > FLOOR, new.float() / old.clamp(min=FLOOR), 0)
+        waves = torch.view_as_complex(torch.view_as_real(waves) * ratio.unsqueeze(-1))
         return torch.fft.irfft2(waves, s=x.shape[-2:], norm="ortho").to(x.dtype)
 
 # %% ../../nbs/models/07_darkir.ipynb #5f4977ac

@@ -5,8 +5,6 @@ from torch import nn
 from tests.plain.nafnet import Norm
 
 
-
-
 class Branch(nn.Module):
     def __init__(self, c, dilation):
         super().__init__()
