@@ -74,7 +74,7 @@ def training_terms(
     if hasattr(model, "training_terms"): return model.training_terms(before, after, loss)
     return {"loss": loss(model(before).float(), after)}
 
-# %% ../../nbs/training/02_loop.ipynb #9d72881b
+# %% ../../nbs/training/02_loop.ipynb #c7353b53
 class TrainingDiverged(AutohdrError):
     "A loss or gradient stopped being finite."
 
@@ -91,7 +91,8 @@ def backward(
     total = sum(terms.values())
     if not total.isfinite(): raise TrainingDiverged(f"the loss is {total.item()} at step {state.step + 1} (epoch {state.epoch + 1}), photos {', '.join(batch['name'])}")
     state.scaler.scale(total * share).backward()
-    return {name: term.item() for name, term in terms.items()}
+    (_, main), *further = terms.items()
+    return {"loss": main.item()} | {name: term.item() for name, term in further}
 
 # %% ../../nbs/training/02_loop.ipynb #aa83ba39
 def update(
