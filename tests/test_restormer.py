@@ -1,6 +1,55 @@
-"""Restormer against the published one."""
-from autohdr.models.zoo import create_model
+"""Restormer against the published one, against the plain way to write it, by tiles, with recomputation, and in half precision."""
+import pytest
+import torch
+
+from autohdr.models.restormer import Restormer, infer_config, tiles
+from autohdr.models.zoo import create_model, memory_per_pixel
+from tests.plain.restormer import Restormer as Plain
 from tests.zoo import difference_to_published, published_shapes
+
+SMALL = dict(dim=16, blocks=(2, 1, 1, 1), refinement=1)
+VARIANTS = [{}, {"norm_bias": False}, {"reduce_level1": True}, {"norm_bias": False, "reduce_level1": True, "expansion": 2.0, "heads": (1, 1, 2, 4)}]
+ONE, MANY = (40, 64), (80, 144) # sides in multiples of 8: one tile at each level; several at the first two
+every_variant = pytest.mark.parametrize("config", VARIANTS, ids=str)
+
+
+def ours_and_plain(config):
+    torch.manual_seed(0)
+    ours, plain = Restormer(**SMALL, **config), Plain(**SMALL, **config)
+    with torch.no_grad():
+        for p in ours.parameters():
+            p.add_(torch.randn_like(p), alpha=0.05)
+    plain.load_state_dict(ours.state_dict())
+    return ours, plain
+
+
+def gradients(model, x, **autocast):
+    x = x.clone().requires_grad_()
+    with torch.autocast("cpu", enabled=bool(autocast), **autocast):
+        out = model(x)
+    out.float().square().mean().backward()
+    found = {"input": x.grad, **{name: p.grad for name, p in model.named_parameters()}}
+    model.zero_grad()
+    return out.detach(), found
+
+
+def kept(model, x):
+    """Bytes per pixel that autograd keeps for the backward pass, parameters not counted."""
+    own, found = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def pack(t):
+        if t.untyped_storage().data_ptr() not in own:
+            found[t.untyped_storage().data_ptr()] = t
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        model(x)
+    return sum(t.untyped_storage().nbytes() for t in found.values()) / x[:, 0].numel()
+
+
+def by_tiles_in_training(monkeypatch):
+    """Every map of more than one tile goes by tiles, as only those of large photos do."""
+    monkeypatch.setattr("autohdr.models.restormer.LARGE", 0)
 
 
 def test_names_and_shapes_are_the_published_ones():
@@ -9,3 +58,113 @@ def test_names_and_shapes_are_the_published_ones():
 
 def test_output_is_the_published_one():
     assert difference_to_published(create_model("restormer"), "restormer") < 1e-4
+    assert difference_to_published(Plain(), "restormer") < 1e-4, "the oracle is right"
+
+
+@every_variant
+@pytest.mark.parametrize("size", [ONE, MANY], ids=str)
+def test_output_is_that_of_the_plain_version(config, size):
+    (ours, plain), x = ours_and_plain(config), torch.rand(2, 3, *size)
+    with torch.no_grad():
+        expected = plain(x)
+        assert (ours(x) - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert (ours(x) - expected).abs().max() < 1e-5 * expected.abs().max(), "with gradients on"
+
+
+@every_variant
+@pytest.mark.parametrize("apart", [False, True], ids=["whole", "by tiles"])
+def test_gradients_are_those_of_the_plain_version(config, apart, monkeypatch):
+    if apart:
+        by_tiles_in_training(monkeypatch)
+    (ours, plain), x = ours_and_plain(config), torch.rand(2, 3, *MANY)
+    (_, found), (_, expected) = (gradients(m, x) for m in (ours, plain))
+    worst = {k: float((found[k] - g).abs().max() / g.abs().max()) for k, g in expected.items()}
+    assert max(worst.values()) < 1e-4, max(worst, key=worst.get)
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["whole", "by tiles"])
+def test_checkpointing_gives_the_same_gradients_to_the_bit(apart, monkeypatch):
+    if apart:
+        by_tiles_in_training(monkeypatch)
+    (model, _), x = ours_and_plain({}), torch.rand(1, 3, *MANY)
+    _, expected = gradients(model, x)
+    model.checkpointing = True
+    _, found = gradients(model, x)
+    assert all(torch.equal(found[k], g) for k, g in expected.items())
+
+
+def test_gradients_by_tiles_reach_a_model_with_frozen_parts(monkeypatch):
+    by_tiles_in_training(monkeypatch)
+    (model, _), x = ours_and_plain({}), torch.rand(1, 3, *MANY)
+    _, expected = gradients(model, x)
+    frozen = {f"{stage}.{name}" for stage in ("encoder_level1", "latent") for name, p in getattr(model, stage).named_parameters() if p.requires_grad_(False) is p}
+    _, found = gradients(model, x)
+    assert {k for k, g in found.items() if g is None} == frozen
+    assert all(torch.equal(g, expected[k]) for k, g in found.items() if g is not None)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_finite_and_close(dtype):
+    """The squared lengths of queries and keys are beyond float16."""
+    (model, _), x = ours_and_plain({}), torch.rand(1, 3, *MANY)
+    with torch.no_grad():
+        block = model.encoder_level1[0]
+        block.attn.qkv.weight *= 20
+        lengths = block.attn(block.norm1.body(model.patch_embed(x).permute(0, 2, 3, 1)), ...)[2]
+        assert lengths.max() > torch.finfo(torch.float16).max
+        full = model(x)
+        with torch.autocast("cpu", dtype):
+            mixed = model(x)
+        pure = model.to(dtype)(x.to(dtype)) if dtype == torch.bfloat16 else mixed
+    for half in (mixed, pure):
+        assert half.isfinite().all() and (half.float() - full).abs().mean() < 0.02 * full.std()
+
+
+def test_gradients_under_autocast_by_tiles_are_close(monkeypatch):
+    (model, _), x = ours_and_plain({}), torch.rand(1, 3, *MANY)
+    _, expected = gradients(model, x, dtype=torch.bfloat16)
+    by_tiles_in_training(monkeypatch)
+    _, found = gradients(model, x, dtype=torch.bfloat16)
+    total = lambda a, b: sum(float((a[k].float() - b[k].float()).square().sum()) for k in expected) ** 0.5
+    assert total(found, expected) < 0.05 * total(expected, {k: torch.zeros(()) for k in expected})
+
+
+def test_tiles_cover_a_map_once_with_a_pixel_around():
+    for h, w in [(1, 1), (48, 500), (71, 72), (113, 97)]:
+        count = torch.zeros(1, h, w, 1)
+        for around, tile, inner in tiles(count):
+            count[tile] += 1
+            assert count[around][inner].data_ptr() == count[tile].data_ptr() and count[around][inner].shape == count[tile].shape
+            assert all(a.start == max(t.start - 1, 0) and a.stop == min(t.stop + 1, n) for a, t, n in zip(around[1:], tile[1:], (h, w)))
+        assert (count == 1).all()
+
+
+def test_tiles_and_checkpoints_keep_little_for_the_backward_pass(monkeypatch):
+    (ours, plain), x = ours_and_plain({}), torch.rand(1, 3, *MANY)
+    whole, as_written = kept(ours, x), kept(plain, x)
+    by_tiles_in_training(monkeypatch)
+    by_tiles = kept(ours, x)
+    ours.checkpointing = True
+    checkpointed = kept(ours, x)
+    assert checkpointed < by_tiles / 2 < by_tiles < whole / 2 < whole < as_written, (checkpointed, by_tiles, whole, as_written)
+
+
+def test_memory_of_the_published_model():
+    assert memory_per_pixel("restormer") < 160_000 and memory_per_pixel("restormer", checkpointing=True) < 8_000
+
+
+@every_variant
+def test_configuration_is_read_off_the_tensors(config):
+    with torch.device("meta"):
+        found = infer_config(Restormer(**SMALL, **config).state_dict())
+        assert found == {**SMALL, **config}
+        widths = {k: v.shape for k, v in Restormer(**found).state_dict().items()}
+    assert widths == {k: v.shape for k, v in Plain(**SMALL, **config).state_dict().items()}
+
+
+def test_configuration_of_other_tensors_is_none():
+    other = create_model("hdrnet", width=8).state_dict()
+    dual_pixel = Restormer(**SMALL).state_dict() | {"patch_embed.proj.weight": torch.zeros(16, 6, 3, 3)}
+    half = {k: v for k, v in Restormer(**SMALL).state_dict().items() if "latent" not in k}
+    for state in (other, dual_pixel, half, {}, {"patch_embed.proj.weight": 1}, {0: None}):
+        assert infer_config(state) is None
