@@ -6,15 +6,14 @@
 __all__ = ['FLOOR', 'FrequencyMLP', 'dilated_conv', 'paired_conv', 'Branch', 'SpatialAttention', 'EBlock', 'DBlock', 'Blocks',
            'DarkIR', 'infer_config']
 
-# %% ../../nbs/models/07_darkir.ipynb #7844366c
+# %% ../../nbs/models/07_darkir.ipynb #fdb0c0fe
 import inspect
 import torch
 from torch import nn
 import torch.nn.functional as F
 from einops import rearrange
 from fastcore.basics import patch
-from .layers import ChannelNorm, pad_to_multiple, simple_gate
-from .nafnet import scaled_conv
+from .layers import ChannelNorm, pad_to_multiple, scaled_conv, simple_gate
 
 # %% ../../nbs/models/07_darkir.ipynb #65650424
 FLOOR = 1e-6 # amplitude in an orthonormal transform, where rounding error is about 1e-7
