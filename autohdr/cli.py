@@ -118,7 +118,7 @@ def models():
     from autohdr.models.zoo import list_models
     print(list_models().to_string())
 
-# %% ../nbs/07_cli.ipynb #6c7ca04b
+# %% ../nbs/07_cli.ipynb #6362741b
 def _show_published():
     "The published checkpoints, a few lines each."
     from autohdr.models.weights import list_published
@@ -138,7 +138,7 @@ def weights(
     from autohdr.models.zoo import save_model
     if source in PUBLISHED and not Path(source).exists(): source = f"published:{source}"
     found, table = load_foreign(source, model)
-    print(f"{source}: {found.name} {found.config or ''}\n{match_lines(table)}")
+    print(f"{source}: {found.name} {found.config or ''}\n{match_lines(table, most=100)}")
     if out: print(f"Written: {save_model(found, out)}")
 
 # %% ../nbs/07_cli.ipynb #ae2b3e8b

@@ -45,11 +45,11 @@ def test_counts_are_exact():
 @pytest.mark.parametrize("name", ["restormer", "restormer_study"])
 def test_at_first_it_is_its_base_bit_for_bit(tmp_path, levels, name):
     base, model = on_base(tmp_path, levels, name)
-    x = torch.rand(2, 3, 61, 67)
-    with torch.no_grad():
-        assert torch.equal(bits(model(x)), bits(base(x)))
-    model.train()
-    assert torch.equal(model(x), base(x))
+    for x in (torch.rand(1, 3, 300, 400), torch.rand(2, 3, 61, 67)):
+        with torch.no_grad():
+            assert torch.equal(bits(model(x)), bits(base(x)))
+    # with a graph, Restormer adds up some sums in another order than without
+    torch.testing.assert_close(model.train()(x), base(x), atol=1e-6, rtol=1e-6)
     own = base.state_dict()
     assert all(torch.equal(v, own[k]) for k, v in model.copy.state_dict().items()), "the copy starts from the base"
 

@@ -100,7 +100,7 @@ def _by_levels(self: ControlNetRestormer, x):
     features = [f + zero(hint) for f, zero, hint in zip(features, self.zero, hints)]
     return decode(self.base, features, photo)[..., :h, :w]
 
-# %% ../../nbs/models/09_controlnet.ipynb #0101d78f
+# %% ../../nbs/models/09_controlnet.ipynb #36f5b15e
 @patch
 def set_base(
     self: ControlNetRestormer,
@@ -110,7 +110,8 @@ def set_base(
     own = self.base.state_dict()
     odd = [k for k in own.keys() | state.keys() if k not in own or k not in state or own[k].shape != state[k].shape]
     if odd: # looked at first: load_state_dict would have loaded half of them when it complains
-        raise AutohdrError(f"these weights are not those of {self.base.name} {self.base.config}: {len(odd)} tensors differ, such as {sorted(odd)[0]}")
+        raise AutohdrError(f"these weights are not those of {self.base.name} {self.base.config}: "
+                           f"{len(odd)} tensors differ, such as {sorted(odd)[0]}")
     self.base.load_state_dict(state)
     self.copy.load_state_dict({k: own[k] for k in self.copy.state_dict()})
     for conv in self.zero: conv.close()

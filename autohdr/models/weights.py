@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ..core import AutohdrError, check_name, file_hash, write_text
 from .zoo import ARCHITECTURES, create_model, load_model, read_metadata
 
-# %% ../../nbs/models/03_weights.ipynb #655ef000
+# %% ../../nbs/models/03_weights.ipynb #bd153b37
 @dataclass(frozen=True)
 class Published:
     "A checkpoint that somebody else has published."
@@ -33,8 +33,9 @@ _RESTORMER = "https://github.com/swz30/Restormer/releases/download/v1.0/"
 _RESTORMER_LICENCE = "MIT by the repository since 2025, academic and non-commercial before; the files state none"
 _NAFNET = "https://huggingface.co/nyanko7/nafnet-models/resolve/main/" # a mirror of the authors' Google Drive
 _NAFNET_64 = "https://huggingface.co/spaces/chuxiaojie/NAFNet/resolve/5964ed4955416df99210106b708e4a2df9e9eca0/" # of a co-author
+_DRIVE = "https://drive.google.com/"
 
-# %% ../../nbs/models/03_weights.ipynb #3e23320e
+# %% ../../nbs/models/03_weights.ipynb #056b44f4
 PUBLISHED = {
     "restormer_motion_deblurring": Published("restormer", "motion blur (GoPro)", _RESTORMER + "motion_deblurring.pth",
         104_700_429, "194e38fb5b607c9dc5a5b3e08e65b2e79ee2bf0ef5048e0612f6b2ff2f79da31", _RESTORMER_LICENCE),
@@ -44,7 +45,7 @@ PUBLISHED = {
         0, "225ed9acf80b3527d7080e5182918f642a23a78ef8593ad700b7e924bd660681", _RESTORMER_LICENCE),
     "restormer_real_denoising": Published("restormer", "camera noise (SIDD), bias-free LayerNorm", _RESTORMER + "real_denoising.pth",
         104_611_957, "4cae18bed8a291b9a5deeeab48756bbe6f61fcf7f31a4cca0969b24608601387", _RESTORMER_LICENCE),
-    "restormer_gaussian_denoising": Published("restormer", "Gaussian noise of any strength, bias-free LayerNorm", _RESTORMER + "gaussian_color_denoising_blind.pth",
+    "restormer_gaussian_denoising": Published("restormer", "Gaussian noise, bias-free LayerNorm", _RESTORMER + "gaussian_color_denoising_blind.pth",
         104_611_957, "4e2314dae77bb907184da6e2ac625b921491d6b33de26a52512eff1c6bb37fbd", _RESTORMER_LICENCE),
     "nafnet_32_sidd": Published("nafnet", "camera noise (SIDD)", _NAFNET + "NAFNet-SIDD-width32.pth",
         116_861_841, "89c70e808d1783b6c07911306e106aaf0d4f7f3da8c61078b99ff7f8929a26f4", "MIT"),
@@ -54,18 +55,20 @@ PUBLISHED = {
         68_671_121, "19394e6155d12ef6371d1d57496f87f0ec88f92bdffa27c0792690722d5d1a5c", "MIT"),
     "darkir_lolblur": Published("darkir", "dark and blurred (LOL-Blur)", "https://huggingface.co/Cidaut/DarkIR/resolve/main/DarkIR_384.pt",
         13_397_397, "61eee7d5cfb593d408fba4c716874449b324ed1f49cbff97c2a25ce2fcbe4fde", "MIT"),
-    "retinexformer_fivek": Published("retinexformer", "retouching (MIT-Adobe FiveK)", "https://drive.google.com/file/d/1oxvPPfhbOwZURTFenWnFp3H3Lakkqw3t/view",
+    "retinexformer_fivek": Published("retinexformer", "retouching (MIT-Adobe FiveK)", _DRIVE + "file/d/1oxvPPfhbOwZURTFenWnFp3H3Lakkqw3t/view",
         0, "", "MIT", by_hand=True),
-    "retinexformer_lol_v2_real": Published("retinexformer", "dark (LOL-v2 real): LOL_v2_real.pth", "https://drive.google.com/drive/folders/1ynK5hfQachzc8y96ZumhkPPDXzHJwaQV",
+    "retinexformer_lol_v2_real": Published("retinexformer", "dark (LOL_v2_real.pth)", _DRIVE + "drive/folders/1ynK5hfQachzc8y96ZumhkPPDXzHJwaQV",
         6_478_393, "539bd16c4da6179e45616329f249c4672951b1045193428e1d042c50d4b65a0b", "MIT", by_hand=True),
 }
 
-# %% ../../nbs/models/03_weights.ipynb #edf24d5f
+# %% ../../nbs/models/03_weights.ipynb #d367c709
 def list_published() -> pd.DataFrame: # indexed by name: model, task, size, sha256, cached, licence, url
     "All published checkpoints that have a name here, and whether they are in the cache."
-    rows = {name: dict(model=e.model, task=e.task, size=f"{e.size / 1e6:.1f} MB" if e.size else "size not known", sha256=e.sha256 or "not known",
-                       cached=cached_file(name).is_file(), licence=e.licence, url=e.url) for name, e in PUBLISHED.items()}
+    rows = {name: dict(model=e.model, task=e.task, size=_size(e), sha256=e.sha256 or "not known", cached=cached_file(name).is_file(),
+                       licence=e.licence, url=e.url) for name, e in PUBLISHED.items()}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("name")
+
+def _size(entry: Published) -> str: return f"{entry.size / 1e6:.1f} MB" if entry.size else "size not known"
 
 def cache_folder() -> Path:
     "Where fetched checkpoints are kept: $AUTOHDR_CACHE, or autohdr in $XDG_CACHE_HOME, or in ~/.cache."
@@ -79,7 +82,7 @@ def cached_file(
     suffix = Path(PUBLISHED[name].url).suffix
     return cache_folder()/(name + (suffix if suffix in (".pth", ".pt", ".safetensors") else ".pth"))
 
-# %% ../../nbs/models/03_weights.ipynb #1c495606
+# %% ../../nbs/models/03_weights.ipynb #fcf1d27f
 def _check_file(
     name: str, # a key of `PUBLISHED`
     file: Path, # claims to be it
@@ -87,10 +90,11 @@ def _check_file(
     "An error unless the file has the right size and digest. Where no digest is known, the first one is recorded beside the file."
     entry, record = PUBLISHED[name], file.with_name(file.name + ".sha256")
     size, digest = file.stat().st_size, file_hash(file)
-    if entry.size and size != entry.size: raise AutohdrError(f"{file}: has {size:,} bytes; {name} has {entry.size:,}. Delete the file and fetch it again")
+    if entry.size and size != entry.size:
+        raise AutohdrError(f"{file}: has {size:,} bytes; {name} has {entry.size:,}. Delete the file and fetch it again")
     expected = entry.sha256 or (record.read_text().strip() if record.is_file() else "")
     if expected and digest != expected:
-        raise AutohdrError(f"{file}: its SHA-256 is {digest}; that of {name} is {expected}. Somebody changed it on the way: delete the file, don't use it")
+        raise AutohdrError(f"{file}: its SHA-256 is {digest}; that of {name} is {expected}. These are other bytes: delete the file, don't use it")
     if not expected:
         print(f"{name}: no digest is known; from now on it must be {digest}", flush=True)
         write_text(record, digest + "\n")
@@ -110,16 +114,17 @@ class _Lines:
 
 def _progress(): return tqdm(unit="B", unit_scale=True, file=sys.stderr) if sys.stderr.isatty() else _Lines()
 
-# %% ../../nbs/models/03_weights.ipynb #d235c5bd
+# %% ../../nbs/models/03_weights.ipynb #171d6331
 def fetch_published(
     name: str, # a key of `PUBLISHED`
 ) -> Path: # in the cache
     "A published checkpoint: from the cache, or downloaded once and verified."
     entry, file = PUBLISHED[check_name(name, PUBLISHED, "published checkpoint")], cached_file(name)
     if not file.is_file():
-        if entry.by_hand: raise AutohdrError(f"{name}: {entry.url} gives its files to browsers only. Download it there and put it here: {file}")
-        print(f"{name} ({entry.task})\n  from {entry.url}\n  to {file}\n  size {f'{entry.size / 1e6:.1f} MB' if entry.size else 'not known'}, "
-              f"SHA-256 {entry.sha256 or 'not known'}\n  licence: {entry.licence}", flush=True)
+        if entry.by_hand:
+            raise AutohdrError(f"{name}: {entry.url} gives its files to browsers only. Download it there and put it here: {file}")
+        print(f"{name} ({entry.task})\n  from {entry.url}\n  to {file}\n  {_size(entry)}, SHA-256 {entry.sha256 or 'not known'}\n"
+              f"  licence: {entry.licence}", flush=True)
         _download(entry, file)
         try: _check_file(name, file)
         except AutohdrError: # only where pooch had no digest to go by
@@ -128,6 +133,7 @@ def fetch_published(
     else: _check_file(name, file)
     return file
 
+# %% ../../nbs/models/03_weights.ipynb #d0e6aea1
 def _download(entry: Published, file: Path):
     "The file at a URL, put in its place when its digest is right."
     downloader = pooch.HTTPDownloader(progressbar=_progress(), chunk_size=1 << 20, timeout=30)
@@ -135,15 +141,17 @@ def _download(entry: Published, file: Path):
     try: pooch.retrieve(entry.url, entry.sha256 or None, fname=file.name, path=file.parent, downloader=downloader)
     except ValueError as e: # pooch's word for a wrong digest
         got = re.search(r"got (\w+)", str(e))
-        raise AutohdrError(f"{entry.url}: what came is not what was published, and is deleted (SHA-256 {got and got[1]}, expected {entry.sha256})") from e
-    except OSError as e: raise AutohdrError(f"{entry.url}: can't be fetched ({_reason(e)}). Without a network, download it elsewhere and put it here: {file}") from e
+        raise AutohdrError(f"{entry.url}: what came is not what was published, and is deleted "
+                           f"(SHA-256 {got and got[1]}, expected {entry.sha256})") from e
+    except OSError as e:
+        raise AutohdrError(f"{entry.url}: can't be fetched ({_reason(e)}). Without a network, download it elsewhere and put it here: {file}") from e
 
 def _reason(e: OSError) -> str:
     "What stopped a download, without the nest of pools and retries that requests puts around it."
     if (response := getattr(e, "response", None)) is not None: return f"the server says {response.status_code} {response.reason}"
     return f"{type(e).__name__}: {re.sub(r'<[^<>]*>|HTTPS?ConnectionPool[^:]*: ', '', str(e)).strip()[:200]}"
 
-# %% ../../nbs/models/03_weights.ipynb #fe23536f
+# %% ../../nbs/models/03_weights.ipynb #16c2ed28
 def resolve_weights(
     source, # path of a checkpoint, or 'published:NAME'
 ) -> Path:
@@ -151,9 +159,10 @@ def resolve_weights(
     if str(source).startswith("published:"): return fetch_published(str(source).removeprefix("published:"))
     path = Path(source).expanduser()
     if path.is_file(): return path
-    raise AutohdrError(f"{path}: no such checkpoint; expected a .safetensors, .pth or .pt file, or published:NAME (autohdr weights lists the names)")
+    raise AutohdrError(f"{path}: no such checkpoint; expected a .safetensors, .pth or .pt file, or published:NAME "
+                       "(autohdr weights lists the names)")
 
-# %% ../../nbs/models/03_weights.ipynb #967c3ae9
+# %% ../../nbs/models/03_weights.ipynb #66746002
 def _harmless() -> list:
     "Globals that hold numbers or text and can't do anything: NumPy's numbers (under its old and its new name) and argparse's result."
     scalar = np.float64(0).__reduce__()[0]
@@ -163,16 +172,18 @@ def _harmless() -> list:
 def _refusal(path, e: Exception) -> str:
     "Why a pickle was not read."
     found = re.search(r"GLOBAL (\S+)", str(e))
-    if not found: return f"{path}: can't be read as weights ({type(e).__name__}: {(str(e).strip() or 'it ends too early').splitlines()[0][:200]}); it may be cut off, or of another kind"
-    return (f"{path}: refused, since reading it would mean calling {found[1]}, which is no tensor and could be any program. Look for a .safetensors of the same weights; "
-            "or let whoever made the file save its state_dict alone")
+    reason = (str(e).strip() or "it ends too early").splitlines()[0][:200]
+    if not found: return f"{path}: can't be read as weights ({type(e).__name__}: {reason}); it may be cut off, or of another kind"
+    return (f"{path}: refused, since reading it would mean calling {found[1]}, which is no tensor and could be any program. "
+            "Look for a .safetensors of the same weights; or let whoever made the file save its state_dict alone")
 
-# %% ../../nbs/models/03_weights.ipynb #c57b870c
+# %% ../../nbs/models/03_weights.ipynb #fed955be
 def _load_pickle(path: Path):
     "What a .pth or .pt file holds, by PyTorch's reader that runs no code."
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as z: unpacked = sum(i.file_size for i in z.infolist())
-        if unpacked > path.stat().st_size: raise AutohdrError(f"{path}: would unpack to {unpacked:,} bytes from {path.stat().st_size:,}; PyTorch writes its files uncompressed, so this is none of its")
+        if unpacked > (size := path.stat().st_size):
+            raise AutohdrError(f"{path}: would unpack to {unpacked:,} bytes from {size:,}; PyTorch writes its files uncompressed, so this is none of its")
     try:
         with torch.serialization.safe_globals(_harmless()): return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e: raise AutohdrError(_refusal(path, e)) from e
@@ -183,7 +194,7 @@ def _load_safetensors(path: Path) -> dict:
         with safe_open(path, "pt") as f: return {k: f.get_tensor(k) for k in f.keys()}
     except Exception as e: raise AutohdrError(f"{path}: not a readable .safetensors file ({e}); it may be cut off, or of another kind") from e
 
-# %% ../../nbs/models/03_weights.ipynb #9e2044c1
+# %% ../../nbs/models/03_weights.ipynb #505a5ff6
 WRAPPERS = ("params_ema", "params", "state_dict", "model_state_dict", "model", "net", "network", "generator", "weights")
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "net_g.", "network.", "generator.", "params_ema.", "params.", "state_dict.")
 
@@ -191,7 +202,8 @@ def unwrap(
     data, # whatever a checkpoint file holds
 ) -> dict: # name to tensor, names without the prefixes that all of them share; empty where there are none
     "The state dict in a checkpoint, however it is nested."
-    while isinstance(data, dict) and (key := next((k for k in WRAPPERS if isinstance(data.get(k), dict)), None)): data = data[key]
+    inner = lambda d: next((k for k in WRAPPERS if isinstance(d.get(k), dict)), None) if isinstance(d, dict) else None
+    while key := inner(data): data = data[key]
     if not isinstance(data, dict): return {}
     state = {k: v.detach() for k, v in data.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
     if len(state) > 1: state.pop("n_averaged", None) # of torch's AveragedModel
@@ -199,11 +211,11 @@ def unwrap(
         state = {k.removeprefix(prefix): v for k, v in state.items()}
     return state
 
-# %% ../../nbs/models/03_weights.ipynb #9eb6c851
+# %% ../../nbs/models/03_weights.ipynb #f11324f3
 def is_ours(
     path, # of any file
 ) -> bool:
-    "Was the checkpoint written by `save_model`? Then its names are as they shall be, and it says what it holds."
+    "Was the checkpoint written by `save_model`?"
     try: return Path(path).suffix == ".safetensors" and bool(read_metadata(path))
     except AutohdrError: return False
 
@@ -255,7 +267,7 @@ def match_lines(
         lines.append(f"  {status}: {name}" + (f": {shape} in the model, {given} in the file" if status == "wrong shape" else ""))
     return "\n".join(lines + ([f"  and {len(groups) - most} more"] if len(groups) > most else []))
 
-# %% ../../nbs/models/03_weights.ipynb #761b1278
+# %% ../../nbs/models/03_weights.ipynb #7f4aa742
 def load_weights(
     model: torch.nn.Module, # filled in place; the numbers take its type, whatever the file's
     source, # a file, or 'published:NAME'; see `read_weights`
@@ -266,9 +278,10 @@ def load_weights(
 def _fill(model, given: dict, source) -> pd.DataFrame:
     table = match_table(model.state_dict(), given)
     matched = {k: given[k] for k in table.name[table.status == "matched"]}
-    if not matched: raise AutohdrError(f"{source}: none of its {len(given)} tensors fits {type(model).__name__}; is it another architecture?")
+    if not matched:
+        raise AutohdrError(f"{source}: none of its {len(given)} tensors fits {type(model).__name__}; is it another architecture?")
     broken = [k for k, v in matched.items() if v.is_floating_point() and not v.isfinite().all()]
-    if broken: raise AutohdrError(f"{source}: {broken[0]} holds infinities or NaN ({len(broken)} of {len(matched)} tensors do); the training that wrote it had gone astray")
+    if broken: raise AutohdrError(f"{source}: {broken[0]} holds infinities or NaN ({len(broken)} of {len(matched)} tensors do); it can't be used")
     model.load_state_dict(matched, strict=False)
     return table
 
@@ -338,7 +351,7 @@ def load_foreign(
     model.metadata["weights"] = _origin(source, path) | dict(matched=table.attrs["share"])
     return model.eval(), table
 
-# %% ../../nbs/models/03_weights.ipynb #caac2505
+# %% ../../nbs/models/03_weights.ipynb #f0cf6638
 def create_on_base(
     name: str, # a model whose class takes `base` and `base_config`
     base, # checkpoint of the base, of any origin, or 'published:NAME'
@@ -347,12 +360,13 @@ def create_on_base(
     "A new model on a frozen base that a checkpoint holds."
     entry = ARCHITECTURES[check_name(name, ARCHITECTURES, "model")]
     cls = getattr(importlib.import_module(f"autohdr.models.{entry.module}"), entry.cls)
-    if not hasattr(cls, "set_base"): raise AutohdrError(f"{name} stands on no other model, so base must be empty; to start from weights of its own, use init")
+    if not hasattr(cls, "set_base"):
+        raise AutohdrError(f"{name} stands on no other model, so base must be empty; to start from weights of its own, use init")
     path = resolve_weights(base)
     state, about = read_weights(path), read_metadata(path) if is_ours(path) else {}
     base_name, base_config = (about["architecture"], about["config"]) if about else identify(state)
     model = create_model(name, **{"base": base_name, "base_config": base_config, **config})
     try: model.set_base(state)
-    except RuntimeError as e: raise AutohdrError(f"{path}: its weights don't fit the base of {name}, {model.base.name} {model.base.config}: {e}") from e
+    except RuntimeError as e: raise AutohdrError(f"{path}: its weights don't fit the base of {name}, {base_name} {base_config}: {e}") from e
     model.metadata["base"] = _origin(base, path)
     return model
