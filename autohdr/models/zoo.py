@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 import autohdr
 from ..core import AutohdrError, atomic_path, check_name
 
-# %% ../../nbs/models/02_zoo.ipynb #5a566c01
+# %% ../../nbs/models/02_zoo.ipynb #b971af6f
 @dataclass(frozen=True)
 class Architecture:
     "What a model's name stands for."
@@ -29,17 +29,17 @@ class Architecture:
 ARCHITECTURES = {
     "hdrnet": Architecture("hdrnet", "HDRNet", 1, "Gharbi et al., SIGGRAPH 2017"),
     "restormer": Architecture("restormer", "Restormer", 8, "Zamir et al., CVPR 2022"),
-    "color_refiner": Architecture("refiner", "ColorRefiner", 8, "the study's refiner, on a frozen backbone of the zoo"),
     "restormer_study": Architecture("restormer", "Restormer", 8, "Zamir et al., CVPR 2022, as the study changed it", {"reduce_level1": True}),
-    "controlnet_restormer": Architecture("controlnet", "ControlNetRestormer", 8, "Zhang et al., ICCV 2023, on a frozen Restormer"),
     "nafnet": Architecture("nafnet", "NAFNet", 16, "Chen et al., ECCV 2022"),
     "nafnet_64": Architecture("nafnet", "NAFNet", 16, "Chen et al., ECCV 2022", {"width": 64}),
     "nafnet_study": Architecture("nafnet", "NAFNet", 16, "Chen et al., ECCV 2022, as the study changed it",
                                  {"width": 64, "middle": 8, "decoder": (8, 4, 2, 2), "expansion": 4, "attention_last": True}),
-    "mamba_diffusion": Architecture("mamba", "MambaDiffusion", 16, "Gu & Dao 2023, Liu et al., NeurIPS 2024; the study's network"),
     "darkir": Architecture("darkir", "DarkIR", 8, "Feijoo et al., CVPR 2025"),
     "darkir_l": Architecture("darkir", "DarkIR", 8, "Feijoo et al., CVPR 2025", {"width": 64}),
     "retinexformer": Architecture("retinexformer", "RetinexFormer", 4, "Cai et al., ICCV 2023"),
+    "controlnet_restormer": Architecture("controlnet", "ControlNetRestormer", 8, "Zhang et al., ICCV 2023, on a frozen Restormer"),
+    "color_refiner": Architecture("refiner", "ColorRefiner", 8, "the study's refiner, on a frozen backbone of the zoo"),
+    "mamba_diffusion": Architecture("mamba", "MambaDiffusion", 16, "Gu & Dao 2023, Liu et al., NeurIPS 2024; the study's network"),
 }
 
 # %% ../../nbs/models/02_zoo.ipynb #a055cc8c
