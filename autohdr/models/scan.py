@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-# %% ../../nbs/models/11_scan.ipynb #365931c2
+# %% ../../nbs/models/11_scan.ipynb #780ed42f
 def naive_scan(
     x: torch.Tensor, # N x K x L x D: K systems, L steps, D channels
     delta: torch.Tensor, # N x K x L x D, step sizes, >= 0
@@ -22,9 +22,9 @@ def naive_scan(
 ) -> torch.Tensor: # N x K x L x D, without the term D x_t
     "The selective scan, one step after the other."
     h, y = 0, []
-    for t in range(x.shape[2]):
-        h = (delta[:, :, t, :, None] * A).exp() * h + (delta * x)[:, :, t, :, None] * B[:, :, t, None, :]
-        y.append((h * C[:, :, t, None, :]).sum(-1))
+    for step, came, b, c in zip(*(v.unbind(2) for v in (delta, delta * x, B, C))):
+        h = (step[..., None] * A).exp() * h + came[..., None] * b[..., None, :]
+        y.append((h * c[..., None, :]).sum(-1))
     return torch.stack(y, 2)
 
 # %% ../../nbs/models/11_scan.ipynb #bc8a4493
