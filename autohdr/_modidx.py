@@ -970,7 +970,12 @@ d = { 'settings': { 'branch': 'main',
                                         'autohdr.training.state.match_report': ( 'training/state.html#match_report',
                                                                                  'autohdr/training/state.py'),
                                         'autohdr.training.state.new_state': ('training/state.html#new_state', 'autohdr/training/state.py'),
+                                        'autohdr.training.state.overlap': ('training/state.html#overlap', 'autohdr/training/state.py'),
+                                        'autohdr.training.state.parameter_groups': ( 'training/state.html#parameter_groups',
+                                                                                     'autohdr/training/state.py'),
                                         'autohdr.training.state.pick_device': ( 'training/state.html#pick_device',
                                                                                 'autohdr/training/state.py'),
                                         'autohdr.training.state.save_state': ( 'training/state.html#save_state',
-                                                                               'autohdr/training/state.py')}}}
+                                                                               'autohdr/training/state.py'),
+                                        'autohdr.training.state.starting_model': ( 'training/state.html#starting_model',
+                                                                                   'autohdr/training/state.py')}}}

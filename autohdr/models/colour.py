@@ -31,13 +31,13 @@ def luma(
     "The brightness of each pixel."
     return sum(weight * plane for weight, plane in zip(LUMA, rgb.split(1, -3)))
 
-# %% ../../nbs/models/01_colour.ipynb #0fdeb1aa
+# %% ../../nbs/models/01_colour.ipynb #dfe45239
 GREY = 1e-6 # chroma and value under which there is nothing to divide by
 
 @in_float32
 def rgb_to_hsv(
-    rgb: torch.Tensor, # N x 3 x H x W; up to 1 and down to 0, slightly outside is well-behaved too
-) -> torch.Tensor: # N x 3 x H x W: hue in [0,1], saturation in [0,1] (above 1 if a value is negative), value
+    rgb: torch.Tensor, # N x 3 x H x W; [0,1] or slightly outside
+) -> torch.Tensor: # N x 3 x H x W: hue in [0,1], saturation in [0,1] (above 1 if a channel is negative; 0 if all are), value
     "Hue, saturation and value, as `skimage.color.rgb2hsv`."
     r, g, b = rgb.unbind(-3)
     value, chroma = rgb.amax(-3), rgb.amax(-3) - rgb.amin(-3)
@@ -45,7 +45,8 @@ def rgb_to_hsv(
     d = torch.where(coloured, chroma, 1)
     sector = torch.where(b == value, 4 + (r - g) / d, torch.where(g == value, 2 + (b - r) / d, (g - b) / d))
     hue = torch.where(coloured, (sector / 6).remainder(1), 0)
-    return torch.stack([hue, chroma / value.clamp(min=GREY), value], -3)
+    saturation = torch.where(value > GREY, chroma / value.clamp(min=GREY), 0)
+    return torch.stack([hue, saturation, value], -3)
 
 # %% ../../nbs/models/01_colour.ipynb #e38a07c5
 @in_float32

@@ -116,14 +116,15 @@ def apply_affine(
     a = affine.unflatten(1, (3, 4))
     return (a[:, :, :3] * x[:, None]).sum(2) + a[:, :, 3]
 
-# %% ../../nbs/models/04_hdrnet.ipynb #a61b99d0
+# %% ../../nbs/models/04_hdrnet.ipynb #18a5cdf8
 def in_threads(
     function, # called with each item, with gradients off
     items, # independent of one another
 ):
     "Call a function for all items, in as many Python threads as torch has threads, each of them with one."
-    def without_gradients(item):
-        with torch.no_grad(): return function(item) # the switch belongs to a thread
+    half, dtype, inference = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), torch.is_inference_mode_enabled()
+    def without_gradients(item): # such switches belong to a thread
+        with torch.inference_mode(inference), torch.no_grad(), torch.autocast("cpu", dtype, enabled=half): return function(item)
     threads = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool: list(pool.map(without_gradients, items))

@@ -6,7 +6,7 @@
 __all__ = ['ARCHITECTURES', 'Architecture', 'settings', 'create_model', 'memory_per_pixel', 'seconds_per_megapixel', 'size_of',
            'list_models', 'save_model', 'read_metadata', 'load_model']
 
-# %% ../../nbs/models/02_zoo.ipynb #8bd1b5a3
+# %% ../../nbs/models/02_zoo.ipynb #50a52167
 import importlib, inspect, json, time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 import autohdr
 from ..core import AutohdrError, atomic_path, check_name
+from ..losses.pixel import l1
 
 # %% ../../nbs/models/02_zoo.ipynb #b971af6f
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ ARCHITECTURES = {
     "mamba_diffusion": Architecture("mamba", "MambaDiffusion", 16, "Gu & Dao 2023, Liu et al., NeurIPS 2024; the study's network"),
 }
 
-# %% ../../nbs/models/02_zoo.ipynb #a055cc8c
+# %% ../../nbs/models/02_zoo.ipynb #2f0051b1
 def _class(name: str): # a key of `ARCHITECTURES`
     entry = ARCHITECTURES[check_name(name, ARCHITECTURES, "model")]
     return getattr(importlib.import_module(f"autohdr.models.{entry.module}"), entry.cls)
@@ -61,18 +62,18 @@ def create_model(
     known = settings(name)
     for key in config: check_name(key, known, f"setting of {name}")
     try: model = _class(name)(**{**ARCHITECTURES[name].config, **config})
-    except (TypeError, ValueError, RuntimeError) as e:
+    except (TypeError, ValueError, RuntimeError, IndexError, ZeroDivisionError) as e:
         raise AutohdrError(f"{name} can't be made with {config}: {str(e).splitlines()[0]}; when nothing is said, its settings are {known}") from e
     model.name, model.config, model.metadata = name, dict(config), {}
     return model
 
-# %% ../../nbs/models/02_zoo.ipynb #85042791
+# %% ../../nbs/models/02_zoo.ipynb #7e5a1a1a
 def memory_per_pixel(
     name: str, # a key of `ARCHITECTURES`
     side: int = 256, # measured on a photo of side x side
     **config, # as for `create_model`
 ) -> float: # bytes per pixel of the photo, batch of one, float32
-    "What the autograd graph keeps for the backward pass, parameters and buffers not counted."
+    "What the autograd graph of a training step keeps for the backward pass, parameters and buffers not counted."
     with torch.device("meta"):
         model = create_model(name, **config)
         storage = lambda t: t.untyped_storage()._cdata # a transposed weight is the same storage
@@ -80,8 +81,9 @@ def memory_per_pixel(
         def pack(t):
             if storage(t) not in own: kept[storage(t)] = (t.untyped_storage().nbytes(), t)
             return t
+        x = torch.rand(1, 3, side, side)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            model(torch.rand(1, 3, side, side))
+            model.training_terms(x, x, l1) if hasattr(model, "training_terms") else l1(model(x), x)
         return sum(size for size, _ in kept.values()) / side**2
 
 # %% ../../nbs/models/02_zoo.ipynb #024a6913
@@ -118,14 +120,14 @@ def list_models() -> pd.DataFrame: # indexed by name: parameters, trainable, kb_
     rows = {name: size_of(name) | dict(multiple=entry.multiple, paper=entry.paper) for name, entry in ARCHITECTURES.items()}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("model")
 
-# %% ../../nbs/models/02_zoo.ipynb #0a77936e
+# %% ../../nbs/models/02_zoo.ipynb #25ff14a4
 def save_model(
     model: torch.nn.Module, # made by `create_model`
     path, # ends in .safetensors
     **metadata, # anything that JSON can hold: recipe=..., metrics=...
 ) -> Path:
     "Write weights, architecture and metadata to one file, atomically."
-    about = {**model.metadata, **metadata, "architecture": model.name, "config": model.config, "version": autohdr.__version__}
+    about = {**model.metadata, **metadata, "architecture": model.name, "config": settings(model.name) | model.config, "version": autohdr.__version__}
     # cloned: safetensors refuses tensors that share storage; contiguous: it refuses channels-last
     weights = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
     with atomic_path(path) as tmp: save_file(weights, tmp, metadata={"autohdr": json.dumps(about)})

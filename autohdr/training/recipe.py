@@ -13,7 +13,7 @@ from ..losses.pixel import LOSSES
 from ..models.weights import PUBLISHED
 from ..models.zoo import ARCHITECTURES, settings
 
-# %% ../../nbs/training/00_recipe.ipynb #52d2ee47
+# %% ../../nbs/training/00_recipe.ipynb #d7031f3e
 @dataclass
 class Recipe:
     "A training run."
@@ -59,11 +59,13 @@ class Recipe:
         for key in self.model_config: check_name(key, settings(self.model), f"setting of {self.model}")
         if self.base and "base" not in settings(self.model):
             raise AutohdrError(f"base is '{self.base}', but {self.model} stands on no frozen model; expected ''")
+        if self.base and {"base", "base_config"} & self.model_config.keys():
+            raise AutohdrError(f"base is '{self.base}', a checkpoint that says what the base is, and model_config says it too; expected one of them")
 
-# %% ../../nbs/training/00_recipe.ipynb #59799c4c
+# %% ../../nbs/training/00_recipe.ipynb #482a7230
 RANGES = dict(size=(16, 16384), crop=(0, 16384), repeats=(1, 10_000), gamma_jitter=(0, 2), gain_jitter=(0, 1), lr=(1e-8, 1), weight_decay=(0, 10),
               warmup_epochs=(0, 10_000), epochs=(1, 100_000), batch_size=(1, 1024), accumulate=(1, 1024), clip=(0, 1e6), ema_decay=(0, 1), patience=(0, 100_000),
-              val_every=(1, 1000), folds=(0, 100), fold=(-1, 99), seed=(0, 2**32 - 1), split_seed=(0, 2**32 - 1), workers=(0, 128), threads=(0, 1024))
+              val_every=(1, 100_000), folds=(0, 100), fold=(-1, 99), seed=(0, 2**32 - 1), split_seed=(0, 2**32 - 1), workers=(0, 128), threads=(0, 1024))
 CHOICES = dict(model=ARCHITECTURES, loss=LOSSES, precision=("fp32", "bf16", "fp16"))
 
 def as_number(

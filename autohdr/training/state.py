@@ -4,17 +4,16 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'COUNTS', 'MAY_DIFFER', 'pick_device', 'autocast', 'make_schedule', 'make_ema', 'State', 'match_report',
-           'new_state', 'save_state', 'load_state']
+           'overlap', 'starting_model', 'parameter_groups', 'new_state', 'save_state', 'load_state']
 
-# %% ../../nbs/training/01_state.ipynb #5d91a836
+# %% ../../nbs/training/01_state.ipynb #995addf0
 from dataclasses import asdict, dataclass, field
-from functools import partial
 import pandas as pd, torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from torch.optim.swa_utils import AveragedModel
 from ..core import AutohdrError, atomic_path
-from ..models.weights import create_on_base, load_weights, match_lines
-from ..models.zoo import create_model
+from ..models.weights import create_on_base, is_ours, load_weights, match_lines
+from ..models.zoo import create_model, read_metadata
 from .recipe import Recipe, ema_weight, updates_per_epoch
 
 # %% ../../nbs/training/01_state.ipynb #d4df99b9
@@ -71,7 +70,7 @@ class State:
     since_best: int = 0 # epochs since then
     history: list = field(default_factory=list) # a dict per epoch
 
-# %% ../../nbs/training/01_state.ipynb #d15a8810
+# %% ../../nbs/training/01_state.ipynb #c6acd761
 def match_report(
     table: pd.DataFrame, # from `load_weights`
     path, # of the checkpoint
@@ -81,25 +80,53 @@ def match_report(
     if share < 0.5: raise AutohdrError(f"{path}: only {share:.1%} of the model's parameters are in it; start from a checkpoint of the same architecture and configuration")
     return f"{path}: {match_lines(table)}"
 
+def overlap(
+    source, # of a base or of starting weights
+    recipe: Recipe,
+) -> str: # empty where nothing speaks for it
+    "A warning if a checkpoint was trained on the same pairs, split in another way: the photos that judge this run may have trained it."
+    then = read_metadata(source).get("recipe", {}) if is_ours(source) else {}
+    odd = [k for k in ("split_seed", "folds", "fold", "property_from") if then.get(k) != getattr(recipe, k)]
+    if then.get("pairs") != recipe.pairs or not odd: return ""
+    return f"careful: {source} was trained on the same pairs with another {' and '.join(odd)}, so it has seen photos that this run is judged by; its scores will flatter it"
+
+def starting_model(
+    recipe: Recipe,
+) -> torch.nn.Module: # on the CPU
+    "The model that a recipe starts from; says what was taken from which file."
+    for source in {recipe.base, recipe.init} - {""}:
+        if warning := overlap(source, recipe): print(warning, flush=True)
+    model = create_on_base(recipe.model, recipe.base, **recipe.model_config) if recipe.base else create_model(recipe.model, **recipe.model_config)
+    if recipe.init: print(match_report(load_weights(model, recipe.init), recipe.init), flush=True)
+    return model
+
+def parameter_groups(
+    model: torch.nn.Module,
+) -> list: # for an optimiser
+    "The parameters that learn; those that a model marks with `_no_weight_decay` (as Mamba's authors do) are kept from being drawn to zero."
+    marked = lambda p: getattr(p, "_no_weight_decay", False)
+    learn = [p for p in model.parameters() if p.requires_grad]
+    groups = [dict(params=[p for p in learn if not marked(p)]), dict(params=[p for p in learn if marked(p)], weight_decay=0)]
+    return [g for g in groups if g["params"]]
+
 def new_state(
     recipe: Recipe,
     photos: int, # in the training split; fixes the schedule
+    config: dict = None, # of a model whose weights will come from a saved state: no other file is needed then
 ) -> State:
     "Seeded weights (or those of `recipe.init`), optimiser, schedule and scaler at the start of a run."
     if recipe.threads: torch.set_num_threads(recipe.threads)
     torch.manual_seed(recipe.seed)
     device = pick_device(recipe.device)
-    make = partial(create_on_base, recipe.model, recipe.base) if recipe.base else partial(create_model, recipe.model)
-    model = make(**recipe.model_config)
-    if recipe.init: print(match_report(load_weights(model, recipe.init), recipe.init), flush=True)
+    model = create_model(recipe.model, **config) if config is not None else starting_model(recipe)
     model = model.to(device)
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=recipe.lr, weight_decay=recipe.weight_decay)
+    optimiser = torch.optim.AdamW(parameter_groups(model), lr=recipe.lr, weight_decay=recipe.weight_decay)
     per_epoch = updates_per_epoch(recipe, photos)
     schedule = make_schedule(optimiser, recipe.warmup_epochs * per_epoch, recipe.epochs * per_epoch)
     scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
     return State(model, make_ema(model, recipe.ema_decay), optimiser, schedule, scaler, device)
 
-# %% ../../nbs/training/01_state.ipynb #01044291
+# %% ../../nbs/training/01_state.ipynb #1aa91563
 PARTS = ("model", "ema", "optimiser", "schedule", "scaler")
 COUNTS = ("epoch", "step", "best", "since_best", "history")
 
@@ -111,11 +138,11 @@ def save_state(
 ):
     "Write the state atomically."
     data = {k: getattr(state, k).state_dict() for k in PARTS} | {k: getattr(state, k) for k in COUNTS}
-    data |= dict(recipe=asdict(recipe), fingerprint=fingerprint, threads=torch.get_num_threads(), rng=torch.get_rng_state(),
+    data |= dict(recipe=asdict(recipe), config=state.model.config, metadata=state.model.metadata, fingerprint=fingerprint, threads=torch.get_num_threads(), rng=torch.get_rng_state(),
                  cuda_rng=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
     with atomic_path(path) as tmp: torch.save(data, tmp)
 
-# %% ../../nbs/training/01_state.ipynb #935806bc
+# %% ../../nbs/training/01_state.ipynb #78077c63
 MAY_DIFFER = ("workers", "device") # fields that do not change what a run computes
 
 def load_state(
@@ -131,7 +158,8 @@ def load_state(
     changed = [f"{k}: {old.get(k)!r} then, {new.get(k)!r} now" for k in new.keys() | old.keys() if old.get(k) != new.get(k)]
     if changed: raise AutohdrError(f"{path}: belongs to another recipe ({'; '.join(sorted(changed))}); use another run folder or delete it")
     if fingerprint != data["fingerprint"]: raise AutohdrError(f"{path}: the pairs have changed since this run began; use another run folder or delete it")
-    state = new_state(recipe, photos)
+    state = new_state(recipe, photos, data["config"])
+    for model in (state.model, state.ema.module): model.metadata = data["metadata"]
     for k in PARTS: getattr(state, k).load_state_dict(data[k])
     for k in COUNTS: setattr(state, k, data[k])
     if data["threads"] != torch.get_num_threads():
