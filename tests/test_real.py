@@ -37,9 +37,11 @@ def learn(name, run_dir, **settings):
 
 
 @needs_pairs
-@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("name", [*ARCHITECTURES, "diffusion"])
 def test_every_model_beats_the_identity(name, tmp_path):
-    if "base" in settings(name):
+    if name == "diffusion":
+        file, parts = learn("mamba_diffusion", tmp_path / "run", model_config={**SMALL["mamba_diffusion"], "mode": "diffusion"})
+    elif "base" in settings(name):
         base, _ = learn("restormer", tmp_path / "base", model_config=SMALL["restormer"])
         own = {k: v for k, v in SMALL[name].items() if not k.startswith("base")}
         file, parts = learn(name, tmp_path / "run", model_config=own, base=str(base))
