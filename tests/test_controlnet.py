@@ -8,7 +8,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from autohdr.core import AutohdrError
 from autohdr.models.weights import create_on_base
-from autohdr.models.zoo import create_model, load_model, save_model
+from autohdr.models.zoo import create_model, load_model, memory_per_pixel, save_model
 from tests.zoo import SMALL, small
 
 both_ways = pytest.mark.parametrize("levels", [False, True], ids=["output", "levels"])
@@ -120,26 +120,29 @@ def test_checkpointing_changes_no_gradient(tmp_path, levels):
 @both_ways
 def test_the_base_keeps_nothing_for_the_backward_pass(levels):
     """What autograd keeps is one Restormer's, not two."""
-    kept = []
-    for model in (small("restormer", norm_bias=False), small("controlnet_restormer", levels=levels)):
-        own, sizes = {p.data_ptr() for p in model.parameters()}, {}
+    one = memory_per_pixel("restormer", 64, **SMALL["restormer"], norm_bias=False)
+    assert memory_per_pixel("controlnet_restormer", 64, **SMALL["controlnet_restormer"], levels=levels) < 1.15 * one
 
-        def pack(t):
-            if t.data_ptr() not in own:
-                sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-            return t
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            out = model.train()(torch.rand(1, 3, 64, 64))
-        kept.append(sum(sizes.values()))
-        del out
-    assert kept[1] < 1.15 * kept[0]
+@both_ways
+def test_the_base_has_its_share_in_the_gradient_of_the_photo(tmp_path, levels):
+    """As it starts, the model is its base, so their gradients are the same; the base's parameters get none."""
+    base, model = on_base(tmp_path, levels)
+    photos = [torch.rand(1, 3, 29, 35).requires_grad_()]
+    photos.append(photos[0].detach().clone().requires_grad_())
+    for m, x in zip((base, model), photos):
+        m(x).square().sum().backward()
+    torch.testing.assert_close(photos[1].grad, photos[0].grad, atol=1e-5, rtol=1e-4)
+    assert (photos[0].grad - 2 * base(photos[0]).detach()).abs().max() > 0.01, "more than that of the photo alone, which is added at the end"
+    assert all(p.grad is None for p in model.base.parameters()) and all(z.weight.grad is not None for z in model.zero)
+    with torch.no_grad():
+        assert not model(photos[1]).requires_grad
 
 
 def test_another_models_weights_are_refused_and_change_nothing():
     model = small("controlnet_restormer")
     before = deepcopy(model.state_dict())
-    with pytest.raises(AutohdrError, match="are not those of restormer"):
+    with pytest.raises(AutohdrError, match="are not those of the base restormer"):
         model.set_base(create_model("restormer_study", **SMALL["restormer_study"]).state_dict())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 

@@ -2,11 +2,12 @@
 import pytest
 import torch
 
+from autohdr.core import AutohdrError
 from autohdr.inference.predict import predict
 from autohdr.models.nafnet import NAFNet, infer_config, local_mean
-from autohdr.models.zoo import ARCHITECTURES, create_model, load_model, save_model
+from autohdr.models.zoo import ARCHITECTURES, create_model, load_model, memory_per_pixel, save_model
 from tests.plain.nafnet import NAFNet as Plain
-from tests.zoo import difference_to_published, published_shapes, small
+from tests.zoo import difference_to_published, kept_per_pixel, published_shapes, small
 
 SIZES = [
     dict(width=8, encoder=(1, 1, 1, 2), middle=2, decoder=(1, 1, 1, 1)),
@@ -27,20 +28,6 @@ def ours_and_plain(config):
             p.add_(torch.randn_like(p), alpha=0.1)
     plain.load_state_dict(ours.state_dict())
     return ours, plain
-
-
-def kept(model, x):
-    """Bytes that autograd keeps for the backward pass, parameters not counted."""
-    own, found = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
-
-    def pack(t):
-        if t.untyped_storage().data_ptr() not in own:
-            found[t.untyped_storage().data_ptr()] = t
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        model(x)
-    return sum(t.untyped_storage().nbytes() for t in found.values())
 
 
 def test_names_and_shapes_are_the_published_ones():
@@ -73,9 +60,25 @@ def test_output_and_gradients_are_those_of_the_plain_version(config):
 
 @both_blocks
 def test_no_more_memory_than_the_plain_version(config):
-    ours, plain = ours_and_plain(config)
-    x = torch.rand(1, 3, 64, 96)
-    assert kept(ours, x) < kept(plain, x)
+    with torch.device("meta"):
+        plain = Plain(**config)
+    assert memory_per_pixel("nafnet", 64, **config) < kept_per_pixel(plain, 64)
+
+
+@pytest.mark.parametrize("config, said", [
+    (dict(width=9, expansion=3), "width 9 times expansion 3"),
+    (dict(encoder=(1, 1), decoder=(1,)), r"encoder \(1, 1\) and decoder \(1,\)"),
+    (dict(encoder=(1,), decoder=(1, 1)), "1 and 2 levels; expected as many"),
+], ids=str)
+def test_what_cannot_work_is_refused_when_it_is_made(config, said):
+    for make in (NAFNet, lambda **config: create_model("nafnet", **config)):
+        with pytest.raises(AutohdrError, match=said):
+            make(**config)
+
+
+def test_odd_widths_work_where_the_gates_get_an_even_number():
+    model, x = NAFNet(width=5, encoder=(1,), middle=1, decoder=(1,)), torch.rand(1, 3, 7, 9)
+    assert model(x).shape == x.shape
 
 
 def test_photos_no_larger_than_the_window_are_seen_whole():

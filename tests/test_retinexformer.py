@@ -2,8 +2,9 @@
 import pytest
 import torch
 
-from autohdr.models.retinexformer import RetinexFormer, infer_config
-from autohdr.models.zoo import create_model
+from autohdr.models.retinexformer import IlluminationAttention, RetinexFormer, infer_config
+from autohdr.models.zoo import create_model, memory_per_pixel
+from tests.plain.retinexformer import Attention as PlainAttention
 from tests.plain.retinexformer import RetinexFormer as Plain
 from tests.zoo import difference_to_published, fill, kept_per_pixel, published_shapes
 
@@ -55,5 +56,45 @@ def test_flat_photos_have_finite_gradients(level):
 
 def test_training_keeps_no_more_than_the_plain_version():
     with torch.device("meta"):
-        ours, plain = RetinexFormer(), Plain()
-    assert kept_per_pixel(ours) <= kept_per_pixel(plain)
+        plain = Plain()
+    assert memory_per_pixel("retinexformer") <= kept_per_pixel(plain)
+
+
+def ours_and_plain_attention(offset):
+    """Our attention and the plain one, and their input: queries and keys of `offset` and some noise, everywhere."""
+    torch.manual_seed(0)
+    ours, plain = IlluminationAttention(16, heads=2), PlainAttention(16, heads=2)
+    x, light = torch.randn(1, 256, 256, 16), torch.rand(1, 256, 256, 16)
+    with torch.no_grad():
+        x[..., 0] = offset
+        for linear in (ours.to_q, ours.to_k):
+            linear.weight[:, 0] = 1
+    plain.load_state_dict(ours.state_dict())
+    return ours, plain, x, light
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("offset", [0.0, 17.0, 200.0])
+def test_an_offset_of_queries_and_keys_stays_in_range(offset, dtype):
+    """Their products sum to 256 x 256 x offset x offset, which float16 cannot hold; normalised first, as commonly written, they sum to one."""
+    ours, plain, x, light = ours_and_plain_attention(offset)
+    with torch.no_grad():
+        exact = plain(x, light)
+        with torch.autocast("cpu", dtype):
+            error, of_plain = ((f(x, light).float() - exact).abs().mean() for f in (ours, plain))
+    assert error.isfinite() and error < 1.5 * of_plain + 1e-6, (error, of_plain)
+    assert (ours(x, light) - exact).abs().max() < 1e-5 * exact.abs().max()
+
+
+def test_an_offset_has_finite_gradients_in_float16():
+    ours, plain, x, light = ours_and_plain_attention(17.0)
+    with torch.autocast("cpu", torch.float16):
+        out = ours(x, light)
+    (out.float().square().mean() * 1024).backward()  # scaled, as in training: a mean over so many values has tiny gradients
+    (plain(x, light).square().mean() * 1024).backward()
+    expected = dict(plain.named_parameters())
+    for name, p in ours.named_parameters():
+        assert p.grad.isfinite().all(), name
+    for name in ("proj.weight", "to_v.weight"):
+        g, e = dict(ours.named_parameters())[name].grad, expected[name].grad
+        assert (g - e).norm() < 0.02 * e.norm(), name

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['RESTORMERS', 'ENCODER', 'ZeroConv', 'ControlNetRestormer', 'encode', 'decode']
 
-# %% ../../nbs/models/09_controlnet.ipynb #602a26e9
+# %% ../../nbs/models/09_controlnet.ipynb #a8c1904f
 from copy import deepcopy
 import torch
 from torch import nn
 from fastcore.basics import patch
-from ..core import AutohdrError, check_name
-from .layers import pad_to_multiple
+from ..core import check_name
+from .layers import base_graph, load_base, pad_to_multiple
 from .zoo import ARCHITECTURES, create_model
 
 # %% ../../nbs/models/09_controlnet.ipynb #76b461a3
@@ -84,34 +84,30 @@ def decode(
     y = model._run(model.decoder_level1, model.reduce_chan_level1(torch.cat([model.up2_1(y), e1], 1)))
     return model.output(model._run(model.refinement, y)) + photo
 
-# %% ../../nbs/models/09_controlnet.ipynb #3174296c
+# %% ../../nbs/models/09_controlnet.ipynb #19a91b17
 @patch
 def forward(self: ControlNetRestormer, x): # N x 3 x H x W in [0,1]
     if self.levels: return self._by_levels(x)
-    with torch.no_grad(): finished = self.base(x)
+    with base_graph(x): finished = self.base(x)
     return finished + self.zero[0](self.copy(x) - x)
 
 @patch
 def _by_levels(self: ControlNetRestormer, x):
     h, w = x.shape[-2:]
     photo = pad_to_multiple(x, 8).contiguous(memory_format=torch.channels_last)
-    with torch.no_grad(): features = encode(self.base, photo, self.base._run)
+    with base_graph(x): features = encode(self.base, photo, self.base._run)
     hints = encode(self.copy, photo, self.base._run)
     features = [f + zero(hint) for f, zero, hint in zip(features, self.zero, hints)]
     return decode(self.base, features, photo)[..., :h, :w]
 
-# %% ../../nbs/models/09_controlnet.ipynb #36f5b15e
+# %% ../../nbs/models/09_controlnet.ipynb #fc140de4
 @patch
 def set_base(
     self: ControlNetRestormer,
     state: dict, # name to tensor, of the whole base
 ):
     "Load the base, start the copy from it, and close the zero convolutions again; other tensors are refused and change nothing."
+    load_base(self.base, state)
     own = self.base.state_dict()
-    odd = [k for k in own.keys() | state.keys() if k not in own or k not in state or own[k].shape != state[k].shape]
-    if odd: # looked at first: load_state_dict would have loaded half of them when it complains
-        raise AutohdrError(f"these weights are not those of {self.base.name} {self.base.config}: "
-                           f"{len(odd)} tensors differ, such as {sorted(odd)[0]}")
-    self.base.load_state_dict(state)
     self.copy.load_state_dict({k: own[k] for k in self.copy.state_dict()})
     for conv in self.zero: conv.close()

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['window_sum', 'local_mean', 'NAFBlock', 'NAFNet', 'infer_config']
 
-# %% ../../nbs/models/06_nafnet.ipynb #5b3f0cfb
+# %% ../../nbs/models/06_nafnet.ipynb #b8d45981
 import inspect, re
 import torch
 from torch import nn
 import torch.nn.functional as F
 from fastcore.basics import patch
+from ..core import AutohdrError
 from .layers import ChannelNorm, pad_to_multiple, scaled_conv, simple_gate
 
 # %% ../../nbs/models/06_nafnet.ipynb #b82da321
@@ -75,7 +76,7 @@ class NAFBlock(nn.Module):
         else: x = x + scaled_conv(self.conv3, self.beta, y * self.attention(y, window))
         return x + scaled_conv(self.conv5, self.gamma, simple_gate(self.conv4(self.norm2(x))))
 
-# %% ../../nbs/models/06_nafnet.ipynb #156e19d7
+# %% ../../nbs/models/06_nafnet.ipynb #3135d1ab
 class NAFNet(nn.Module):
     "NAFNet; N x 3 x H x W in [0,1] to the same shape, any H and W."
     def __init__(self,
@@ -88,6 +89,9 @@ class NAFNet(nn.Module):
         tlc: int = 0, # at inference, side in pixels of the photo of the window that the attention looks at; 0: the whole photo
     ):
         super().__init__()
+        if width * expansion % 2: raise AutohdrError(f"width {width} times expansion {expansion} of NAFNet is odd; expected an even number, since gates halve it")
+        if len(encoder) != len(decoder):
+            raise AutohdrError(f"encoder {encoder} and decoder {decoder} of NAFNet have {len(encoder)} and {len(decoder)} levels; expected as many up as down")
         self.tlc = tlc
         stage = lambda n, channels: nn.Sequential(*[NAFBlock(channels, expansion, attention_last) for _ in range(n)])
         widths = [width * 2**i for i in range(len(encoder) + 1)]

@@ -6,7 +6,7 @@
 __all__ = ['Summary', 'ToneCurves', 'bend', 'odds', 'move_hsv', 'move_lab', 'as_rgb', 'as_hsv', 'as_lab', 'GatedBlock', 'Branch',
            'ColorRefiner']
 
-# %% ../../nbs/models/10_refiner.ipynb #d839d496
+# %% ../../nbs/models/10_refiner.ipynb #d26e5ab5
 import torch
 from torch import nn
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from ..core import AutohdrError
 from .colour import hsv_to_rgb, lab_to_rgb, rgb_to_hsv, rgb_to_lab
 from .hdrnet import conv
-from .layers import ChannelNorm, pad_to_multiple, simple_gate
+from .layers import ChannelNorm, base_graph, load_base, pad_to_multiple, simple_gate
 from .zoo import create_model
 
 # %% ../../nbs/models/10_refiner.ipynb #0723abab
@@ -138,7 +138,7 @@ class Branch(nn.Module):
         features = F.gelu(self.tail(full + self.up1(half)))
         return self.head(features), features
 
-# %% ../../nbs/models/10_refiner.ipynb #ab1e17d0
+# %% ../../nbs/models/10_refiner.ipynb #005da94a
 class ColorRefiner(nn.Module):
     "Refiner on a frozen backbone; N x 3 x H x W in [0,1] to the same shape, any H and W."
     def __init__(self,
@@ -166,10 +166,7 @@ class ColorRefiner(nn.Module):
 
     def set_base(self, state: dict): # name to tensor, such as `load_model(path).state_dict()`
         "Load the backbone's weights; every tensor must be there and fit, or nothing is changed."
-        own = self.base.state_dict()
-        odd = sorted(k for k in own.keys() | state.keys() if k not in own or k not in state or own[k].shape != state[k].shape)
-        if odd: raise AutohdrError(f"these weights are not those of the base {self.base.name} {self.base.config}: {len(odd)} tensors differ, such as {odd[0]}")
-        self.base.load_state_dict(state)
+        load_base(self.base, state)
 
 # %% ../../nbs/models/10_refiner.ipynb #63a04a07
 @patch
@@ -190,7 +187,7 @@ def plan(self: ColorRefiner,
     weights = self.fuse(torch.cat(features, 1))[..., :h, :w].float().softmax(1)
     return self.curves(whole), changes, weights
 
-# %% ../../nbs/models/10_refiner.ipynb #15c50e7f
+# %% ../../nbs/models/10_refiner.ipynb #88f83067
 @patch
 def refine(self: ColorRefiner,
     photo: torch.Tensor, # N x 3 x H x W in [0,1]
@@ -205,5 +202,5 @@ def refine(self: ColorRefiner,
 
 @patch
 def forward(self: ColorRefiner, x): # N x 3 x H x W in [0,1]
-    with torch.no_grad(): edit = self.base(x)
+    with base_graph(x): edit = self.base(x)
     return self.refine(x, edit)

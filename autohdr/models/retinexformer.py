@@ -6,7 +6,7 @@
 __all__ = ['IlluminationEstimator', 'IlluminationAttention', 'FeedForward', 'Blocks', 'Denoiser', 'Stage', 'RetinexFormer',
            'infer_config']
 
-# %% ../../nbs/models/08_retinexformer.ipynb #c4b0b363
+# %% ../../nbs/models/08_retinexformer.ipynb #823d7a29
 import inspect
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from fastcore.basics import patch
 from .layers import pad_to_multiple
+from .restormer import full_precision
 
 # %% ../../nbs/models/08_retinexformer.ipynb #0b820a3e
 class IlluminationEstimator(nn.Module):
@@ -43,22 +44,23 @@ class IlluminationAttention(nn.Module):
         depthwise = lambda: nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
         self.pos_emb = nn.Sequential(depthwise(), nn.GELU(), depthwise())
 
-# %% ../../nbs/models/08_retinexformer.ipynb #c9aafeff
+# %% ../../nbs/models/08_retinexformer.ipynb #ac6aa76a
 @patch
 def mixing(self: IlluminationAttention, q, k): # N x H x W x C each
-    "Attention and projection as one matrix per photo: N x C x C."
-    q, k = (rearrange(t, "n h w (head d) -> n head (h w) d", head=self.heads) for t in (q, k))
-    norms = [torch.linalg.vector_norm(t, dim=-2, dtype=torch.float32).clamp(min=1e-12) for t in (k, q)]
-    cosines = (k.transpose(-2, -1) @ q).float() / (norms[0].unsqueeze(-1) * norms[1].unsqueeze(-2))
-    attention = (cosines * self.rescale).softmax(-1).to(q.dtype)
-    return rearrange(rearrange(self.proj.weight, "c (head d) -> head c d", head=self.heads) @ attention, "n head c d -> n c (head d)")
+    "Attention and projection as one matrix per photo: N x C x C, float32."
+    with full_precision(q.device): # sums over so many pixels would leave float16's range
+        q, k = (rearrange(t.float(), "n h w (head d) -> n head (h w) d", head=self.heads) for t in (q, k))
+        norms = [torch.linalg.vector_norm(t, dim=-2).clamp(min=1e-12) for t in (k, q)]
+        cosines = k.mT @ q / (norms[0].unsqueeze(-1) * norms[1].unsqueeze(-2))
+        attention = (cosines * self.rescale).softmax(-1)
+        out = rearrange(self.proj.weight.float(), "c (head d) -> head c d", head=self.heads) @ attention
+        return rearrange(out, "n head c d -> n c (head d)")
 
 @patch
 def forward(self: IlluminationAttention, x, light): # N x H x W x C each
     n, h, w, c = x.shape
-    weight = torch.cat([self.to_q.weight * (h * w) ** -0.5, self.to_k.weight, self.to_v.weight])
-    q, k, v = F.linear(x, weight).chunk(3, -1)
-    out = torch.baddbmm(self.proj.bias, (v * light).flatten(1, 2), self.mixing(q, k).transpose(1, 2)).view(n, h, w, c)
+    q, k, v = F.linear(x, torch.cat([self.to_q.weight, self.to_k.weight, self.to_v.weight])).chunk(3, -1)
+    out = torch.baddbmm(self.proj.bias, (v * light).flatten(1, 2), self.mixing(q, k).to(v.dtype).mT).view(n, h, w, c)
     return out + self.pos_emb(v.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 # %% ../../nbs/models/08_retinexformer.ipynb #9b75ae85
