@@ -113,6 +113,8 @@ def test_code_is_refused_by_name_and_never_run(function, tmp_path):
 
 
 def broken_files(folder):
+    endless = {}
+    endless["params"] = endless
     torch.save({"params": small("hdrnet").state_dict()}, folder / "whole.pth")
     whole = (folder / "whole.pth").read_bytes()
     (folder / "cut.pth").write_bytes(whole[: len(whole) // 2])
@@ -126,18 +128,20 @@ def broken_files(folder):
     with zipfile.ZipFile(folder / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as z:
         z.writestr("archive/data/0", bytes(50_000_000))
     for name, data in dict(empty={}, numbers={"params": {"a": 1.5, "b": [1, 2]}}, listed=[torch.ones(2)], numbered={0: torch.ones(2)},
-                           claim={"params": {"a": torch.zeros(1).expand(10**9, 64)}}, sparse={"a": torch.eye(3).to_sparse()}).items():
+                           claim={"params": {"a": torch.zeros(1).expand(10**9, 64)}}, sparse={"a": torch.eye(3).to_sparse()},
+                           void={"a": torch.zeros(0, 30000, 1, 1)}, elsewhere={"a": torch.ones(2, device="meta")}, endless=endless).items():
         torch.save(data, folder / f"{name}.pth")
     return sorted(p for p in folder.iterdir() if p.name != "whole.pth")
 
 
 def test_broken_files_are_refused_in_one_line(tmp_path):
     files = broken_files(tmp_path)
-    assert len(files) == 14
+    assert len(files) == 17
     for file in files:
         with pytest.raises(AutohdrError) as e:
             read_weights(file)
         assert str(e.value).startswith(str(file)) and "\n" not in str(e.value), file
+        assert "weights_only" not in str(e.value), "PyTorch's advice to read it unsafely must not be passed on"
 
 
 def test_names_that_ask_for_a_giant_are_not_recognised():
@@ -150,6 +154,97 @@ def test_names_that_ask_for_a_giant_are_not_recognised():
 def test_what_is_no_architecture_is_said_to_be_none(state):
     with pytest.raises(AutohdrError, match=f"these {len(state)} tensors"):
         identify(state)
+
+
+def test_a_giant_of_little_tensors_is_found_out_before_memory_is_taken(tmp_path, monkeypatch):
+    """The few tensors that the configuration is read off ask for 30000 channels; nothing else is there."""
+    state = {k: v[:1].expand(1, *v.shape[1:]).clone() for k, v in small("restormer", dim=8).state_dict().items()}
+    levels = enumerate(("encoder_level1", "encoder_level2", "encoder_level3", "latent"))
+    state |= {f"{level}.0.attn.qkv.weight": torch.zeros(1, 30000 * 2**i, 1, 1) for i, level in levels}
+    torch.save(state | {"patch_embed.proj.weight": torch.zeros(30000, 3, 1, 1)}, tmp_path / "giant.pth")
+    made = []
+    monkeypatch.setattr(weights, "create_model", lambda name, **c: made.append(torch.get_default_device().type) or create_model(name, **c))
+    for load in (load_foreign, lambda file: create_on_base("color_refiner", file)):
+        with pytest.raises(AutohdrError, match="giant.pth"):
+            load(tmp_path / "giant.pth")
+    assert made == ["meta", "meta"], "recognised, and made without memory alone"
+
+
+SETTINGS = [
+    ("restormer", {}, "restormer", dict(norm_bias=False), "norm_bias"),
+    ("restormer", dict(norm_bias=False), "restormer", {}, "norm_bias"),
+    ("restormer", dict(norm_bias=False), "restormer_study", {}, "norm_bias"),
+    ("restormer", dict(heads=(2, 2, 4, 8)), "restormer", {}, "heads"),
+    ("nafnet", dict(expansion=4), "nafnet", dict(expansion=4, attention_last=True), "attention_last"),
+    ("darkir", dict(dilations=(1, 2, 3)), "darkir", {}, "dilations"),
+    ("controlnet_restormer", dict(base_config=dict(norm_bias=True, **SMALL["restormer"])), "controlnet_restormer", {}, "norm_bias"),
+]
+
+
+@pytest.mark.parametrize("name, there, target, here, setting", SETTINGS, ids=[f"{s[0]}-{s[2]}-{s[4]}-{i}" for i, s in enumerate(SETTINGS)])
+def test_weights_that_would_mean_something_else_are_refused(name, there, target, here, setting, tmp_path):
+    """Nearly every shape fits; the file's own words are heeded, and where it has none, its tensors."""
+    source, model = small(name, **there), small(target, **here)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    files = [save_model(source, tmp_path / "ours.safetensors")]
+    if setting != "dilations" and name in FOREIGN:  # no tensor shows the dilations
+        torch.save({"params": source.state_dict()}, tmp_path / "foreign.pth")
+        files.append(tmp_path / "foreign.pth")
+    for file in files:
+        with pytest.raises(AutohdrError, match=rf"{file.name}: made for {setting} = .*, and {target} has {setting} = "):
+            load_weights(model, file)
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+        assert load_weights(small(name, **there), file).attrs["share"] == 1
+
+
+def test_what_does_not_change_the_meaning_may_differ(tmp_path):
+    for name, config in dict(restormer=dict(checkpointing=True), darkir=dict(side_weight=0), nafnet=dict(tlc=64), hdrnet=dict(small=64)).items():
+        file = save_model(small(name), tmp_path / f"{name}.safetensors")
+        assert load_weights(small(name, **config), file).attrs["share"] == 1
+    assert 0.4 < load_weights(small("restormer_study"), tmp_path / "restormer.safetensors").attrs["share"] < 1
+
+
+def test_a_named_model_takes_the_settings_that_our_file_states(tmp_path):
+    source = small("darkir", dilations=(1, 2, 3))
+    model, _ = load_foreign(save_model(source, tmp_path / "ours.safetensors"), "darkir")
+    x = torch.rand(1, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(model(x), source(x))
+
+
+ODD_NUMBERS = {
+    "eight bits": lambda v: v.to(torch.float8_e4m3fn),
+    "complex": lambda v: v.to(torch.complex64),
+    "integers": lambda v: v.to(torch.int32),
+    "true or false": lambda v: v > 0,
+    "quantised": lambda v: torch.quantize_per_tensor(v, 0.1, 0, torch.qint8),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # of PyTorch, on quantised tensors
+@pytest.mark.parametrize("change", ODD_NUMBERS.values(), ids=list(ODD_NUMBERS))
+def test_only_plain_numbers_are_taken(change, tmp_path):
+    model = small("restormer")
+    torch.save({k: change(v) for k, v in model.state_dict().items()}, tmp_path / "odd.pth")
+    for load in (lambda file: load_weights(model, file), load_foreign, lambda file: create_on_base("color_refiner", file)):
+        with pytest.raises(AutohdrError, match="odd.pth"):
+            load(tmp_path / "odd.pth")
+
+
+def test_numbers_too_large_for_the_models_type_are_refused(tmp_path):
+    model = small("hdrnet")
+    torch.save({k: v * 0 + 1e6 for k, v in model.state_dict().items()}, tmp_path / "large.pth")
+    load_weights(small("hdrnet"), tmp_path / "large.pth")
+    with pytest.raises(AutohdrError, match="infinities or NaN in torch.float16"):
+        load_weights(model.half(), tmp_path / "large.pth")
+
+
+@pytest.mark.parametrize("about", ["{", "[]", "7", "{}", '{"architecture": "hdrnet"}', '{"architecture": 7, "config": {}}', '{"architecture": "hdrnet", "config": 7}'])
+def test_metadata_that_makes_no_sense(about, tmp_path):
+    save_file({"a": torch.ones(1)}, tmp_path / "odd.safetensors", {"autohdr": about})
+    for load in (load_model, load_foreign):
+        with pytest.raises(AutohdrError, match="odd.safetensors"):
+            load(tmp_path / "odd.safetensors")
 
 
 def test_infinities_are_refused(tmp_path):
@@ -209,6 +304,16 @@ def test_a_base_of_any_origin(tmp_path):
         assert model.metadata["base"]["source"] == source.name
     with pytest.raises(AutohdrError, match="stands on no other model"):
         create_on_base("hdrnet", tmp_path / "published.pth")
+
+
+def test_a_base_that_does_not_fit_is_named_with_its_file(tmp_path):
+    base = small("restormer")
+    torch.save({k: v * float("nan") for k, v in base.state_dict().items()}, tmp_path / "nan.pth")
+    torch.save({k: v for k, v in base.state_dict().items() if not k.startswith("output")}, tmp_path / "part.pth")
+    save_model(small("hdrnet"), tmp_path / "other.safetensors")
+    for file, said in (("nan.pth", "NaN"), ("part.pth", "missing: output.weight"), ("other.safetensors", "hdrnet")):
+        with pytest.raises(AutohdrError, match=rf"(?s){file}: .*{said}"):
+            create_on_base("controlnet_restormer", tmp_path / file)
 
 
 # Published checkpoints, with a server of our own
@@ -291,10 +396,27 @@ def test_an_unknown_digest_is_recorded_and_then_kept_to(publish, capsys):
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     assert digest in capsys.readouterr().out and file.with_name(file.name + ".sha256").read_text().strip() == digest
     file.write_bytes(b"changed")
-    with pytest.raises(AutohdrError, match="SHA-256"):
+    with pytest.raises(AutohdrError, match=r"SHA-256.*new\.pth\.sha256"):
         fetch_published("new")
     file.unlink()
     assert fetch_published("new") == file, "fetched again, and the same"
+
+
+def test_a_web_page_saved_instead_is_not_recorded(publish, tmp_path):
+    file = cached_file(publish("page", sha256="", size=0, by_hand=True))
+    file.parent.mkdir(parents=True)
+    file.write_text("<!doctype html><title>Sign in</title>")
+    with pytest.raises(AutohdrError, match="So it is not page: delete it"):
+        fetch_published("page")
+    file.write_bytes((tmp_path / "served.pth").read_bytes())
+    assert fetch_published("page") == file
+
+
+def test_a_cache_folder_that_can_not_be_written(publish, server, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("AUTOHDR_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(AutohdrError, match=r"cache folder can't be written.*AUTOHDR_CACHE"):
+        fetch_published(publish("look"))
 
 
 def test_a_damaged_file_in_the_cache_is_never_used(publish):

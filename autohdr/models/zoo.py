@@ -133,7 +133,7 @@ def save_model(
     with atomic_path(path) as tmp: save_file(weights, tmp, metadata={"autohdr": json.dumps(about)})
     return Path(path)
 
-# %% ../../nbs/models/02_zoo.ipynb #681d545e
+# %% ../../nbs/models/02_zoo.ipynb #21d57f6a
 def read_metadata(
     path, # a .safetensors file written by `save_model`
 ) -> dict:
@@ -145,7 +145,11 @@ def read_metadata(
     except (SafetensorError, OSError) as e: raise AutohdrError(f"{path}: not a readable .safetensors file ({e}); it may be cut off, or of another kind") from e
     if about is None: raise AutohdrError(f"{path}: these weights were not written by autohdr, so they don't say which model they fit; "
                                          "make the model with create_model and use load_weights(model, path)")
-    return json.loads(about)
+    try: about = json.loads(about)
+    except (ValueError, RecursionError) as e: raise AutohdrError(f"{path}: what it says of itself is no JSON ({e}); it may be damaged") from e
+    if not isinstance(about, dict) or not isinstance(about.get("architecture"), str) or not isinstance(about.get("config"), dict):
+        raise AutohdrError(f"{path}: its metadata does not say which architecture and config its weights fit; it was changed after autohdr wrote it")
+    return about
 
 # %% ../../nbs/models/02_zoo.ipynb #9c55acae
 def load_model(
