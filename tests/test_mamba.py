@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from autohdr.core import AutohdrError
 from autohdr.models import scan
 from autohdr.models.mamba import MambaDiffusion
 from autohdr.models.zoo import create_model, load_model, save_model
@@ -14,7 +15,7 @@ from tests.zoo import SMALL
 
 
 def diffusion(**config):
-    """A small diffusion model, away from the identity."""
+    """A small model, by default of diffusion, away from the identity."""
     torch.manual_seed(0)
     model = create_model("mamba_diffusion", **{**SMALL["mamba_diffusion"], "mode": "diffusion", "steps": 4, **config}).eval()
     with torch.no_grad():
@@ -24,8 +25,8 @@ def diffusion(**config):
 
 
 def test_the_full_model_runs_forward_and_backward():
-    """435.7 million parameters on 64 x 64 pixels: under 6 GB and about half a minute on one core."""
-    model = create_model("mamba_diffusion", checkpointing=True)
+    """435.7 million parameters on 64 x 64 pixels: under 10 GB and about half a minute on one core."""
+    model = create_model("mamba_diffusion")
     assert abs(sum(p.numel() for p in model.parameters()) - 435.7e6) < 0.1e6
     with torch.no_grad():
         for p in model.parameters():
@@ -79,6 +80,70 @@ def test_the_kernel_is_found_where_it_is_installed(monkeypatch):
         scan.fused_kernel.cache_clear()
 
 
+class OnGpu:
+    """A tensor's device and type, as far as a choice looks at them."""
+
+    def __init__(self, device, dtype):
+        self.device, self.dtype = torch.device(device), dtype
+
+
+def test_the_kernel_is_chosen_on_a_gpu_and_for_what_it_can_do(monkeypatch):
+    kernel = lambda *args: None
+    monkeypatch.setattr(scan, "fused_kernel", lambda: kernel)
+    assert all(scan.choose_kernel(OnGpu("cuda", dtype)) is kernel for dtype in (torch.float32, torch.float16, torch.bfloat16))
+    assert all(scan.choose_kernel(x) is None for x in (OnGpu("cuda", torch.float64), OnGpu("cpu", torch.float32), OnGpu("meta", torch.float32)))
+    monkeypatch.setattr(scan, "fused_kernel", lambda: None)
+    assert scan.choose_kernel(OnGpu("cuda", torch.float32)) is None
+
+
+def test_the_chosen_kernel_does_the_scan(monkeypatch):
+    calls = []
+    def kernel(u, delta, A, B, C):
+        calls.append(u.shape)
+        return u * 2
+
+    monkeypatch.setattr(scan, "choose_kernel", lambda x: kernel)
+    x, B = torch.rand(2, 4, 10, 6), torch.rand(2, 4, 10, 3)
+    y = scan.selective_scan(x, x, -torch.ones(4, 6, 3), B, B, torch.ones(4, 6))
+    torch.testing.assert_close(y, 3 * x)
+    assert calls == [(2, 24, 10)]
+
+
+@pytest.mark.parametrize("mode", ["direct", "diffusion"])
+def test_an_empty_batch_comes_back_empty(mode):
+    with torch.no_grad():
+        assert diffusion(mode=mode)(torch.rand(0, 3, 16, 24)).shape == (0, 3, 16, 24)
+
+
+@pytest.mark.parametrize(
+    "wrong, says",
+    [
+        (dict(steps=11, timesteps=10), "steps is 11; expected a whole number from 1 to 10"),
+        (dict(timesteps=0), "timesteps is 0"),
+        (dict(steps=0), "steps is 0"),
+        (dict(steps=2.5), "steps is 2.5"),
+        (dict(samples=0), "samples is 0"),
+        (dict(dim=7), "dim is 7; expected an even number"),
+        (dict(dim=0), "dim is 0"),
+        (dict(blocks=()), r"blocks is \(\)"),
+        (dict(blocks=(1, -1)), r"blocks\[1\] is -1"),
+        (dict(middle=-1), "middle is -1"),
+        (dict(mode="diffuse"), "Did you mean 'diffusion'"),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_work_are_refused_at_once(wrong, says):
+    with pytest.raises(AutohdrError, match=says):
+        create_model("mamba_diffusion", **{**SMALL["mamba_diffusion"], **wrong})
+
+
+@pytest.mark.parametrize("dim", [2, 22, 50, 66])
+def test_any_even_width_works(dim):
+    model = MambaDiffusion(dim=dim, blocks=(1,), middle=1, d_state=2)
+    with torch.no_grad():
+        assert model(torch.rand(1, 3, 4, 4)).isfinite().all()
+
+
 def test_a_sample_is_the_same_every_time_and_in_any_batch(tmp_path):
     model, x = diffusion(samples=2), torch.rand(4, 3, 21, 30)
     y = model(x)
@@ -111,6 +176,7 @@ def test_diffusion_takes_any_size_in_half_precision_too(size):
 
 def test_training_terms_reach_every_parameter_and_follow_the_seed():
     model, x = diffusion().train(), torch.rand(2, 3, 16, 24)
+    assert list(model.training_terms(x, x, torch.nn.functional.l1_loss)) == ["loss"]
     losses = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)

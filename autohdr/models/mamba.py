@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['read_four_ways', 'merge_four_ways', 'step_bias', 'StateSpace2d', 'Block', 'Attention', 'code_time', 'Group',
-           'MambaDiffusion']
+           'check_setting', 'check_blocks', 'MambaDiffusion']
 
-# %% ../../nbs/models/13_mamba.ipynb #ef174160
+# %% ../../nbs/models/13_mamba.ipynb #e95a8fbd
 import math
 import torch
 from torch import nn
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch.utils.checkpoint import checkpoint
-from ..core import check_name
+from ..core import AutohdrError, check_name
 from .diffusion import add_noise, cosine_schedule, ddim, fixed_noise
 from .layers import pad_to_multiple
 from .scan import selective_scan
@@ -45,7 +45,7 @@ def step_bias(
     step = torch.exp(math.log(low) + torch.rand(*shape) * math.log(high / low))
     return step + torch.log(-torch.expm1(-step)) # the inverse of softplus
 
-# %% ../../nbs/models/13_mamba.ipynb #aef2ddc7
+# %% ../../nbs/models/13_mamba.ipynb #1ee252a9
 class StateSpace2d(nn.Module):
     "Selective scans over a photo (VMamba's SS2D), N x H x W x C to the same shape."
     def __init__(self,
@@ -66,6 +66,7 @@ class StateSpace2d(nn.Module):
         self.D = nn.Parameter(torch.ones(4, inner))
         self.norm, self.out_proj = nn.LayerNorm(inner), nn.Linear(inner, dim, bias=False)
         nn.init.zeros_(self.out_proj.weight)
+        for p in (self.A_log, self.D, self.dt_bias): p._no_weight_decay = True # weight decay would pull these to values that mean something else
 
     def forward(self, x): # N x H x W x C
         h, w = x.shape[1:3]
@@ -78,7 +79,7 @@ class StateSpace2d(nn.Module):
         y = selective_scan(x, delta, -self.A_log.float().exp(), B, C, self.D)
         return self.out_proj(self.norm(merge_four_ways(y, h, w)) * F.silu(gate))
 
-# %% ../../nbs/models/13_mamba.ipynb #2530c153
+# %% ../../nbs/models/13_mamba.ipynb #005e99a9
 class Block(nn.Module):
     "LayerNorm and `StateSpace2d`, added to the input."
     def __init__(self, dim, d_state, d_conv, expand): # as for `StateSpace2d`
@@ -94,7 +95,7 @@ class Attention(nn.Module):
         head: int = 64, # channels per head, at most
     ):
         super().__init__()
-        self.heads = max(1, dim // head)
+        self.heads = max(n for n in range(1, max(1, dim // head) + 1) if dim % n == 0)
         self.norm, self.qkv, self.proj = nn.LayerNorm(dim), nn.Linear(dim, dim * 3), nn.Linear(dim, dim)
         self.mlp = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim * 4), nn.GELU(), nn.Linear(dim * 4, dim))
         for p in (*self.proj.parameters(), *self.mlp[-1].parameters()): nn.init.zeros_(p)
@@ -130,11 +131,30 @@ class Group(nn.Module):
         for block in self.blocks: x = checkpoint(block, x, use_reentrant=False) if checkpointing else block(x)
         return x
 
-# %% ../../nbs/models/13_mamba.ipynb #5aeed4f6
+# %% ../../nbs/models/13_mamba.ipynb #5b0afa2c
+def check_setting(
+    name: str, # of a setting of MambaDiffusion
+    value,
+    low: int, # the least that makes sense
+    high: int = None, # the most
+):
+    "An `AutohdrError` if a setting is not a whole number within its range."
+    if type(value) is int and low <= value and (high is None or value <= high): return
+    raise AutohdrError(f"MambaDiffusion: {name} is {value!r}; expected a whole number " + (f"of at least {low}" if high is None else f"from {low} to {high}"))
+
+def check_blocks(
+    blocks, # per group
+):
+    "The same for the list of groups."
+    if not isinstance(blocks, (list, tuple)) or not blocks:
+        raise AutohdrError(f"MambaDiffusion: blocks is {blocks!r}; expected a list with the number of blocks of each group, one group at least, such as (8, 8, 8, 8)")
+    for i, n in enumerate(blocks): check_setting(f"blocks[{i}]", n, 0)
+
+# %% ../../nbs/models/13_mamba.ipynb #e1804ce5
 class MambaDiffusion(nn.Module):
     "State-space U-Net; N x 3 x H x W in [0,1] to the same shape, any H and W."
     def __init__(self,
-        dim: int = 96, # channels at full size; doubled at each level
+        dim: int = 96, # channels at full size, even; doubled at each level
         blocks=(8, 8, 8, 8), # per group on the way down, and again on the way up
         middle: int = 8, # blocks at the bottom, half of them before the attention
         d_state: int = 16, # states per channel
@@ -148,6 +168,12 @@ class MambaDiffusion(nn.Module):
         checkpointing: bool = False, # recompute blocks in the backward pass, to save memory
     ):
         super().__init__()
+        for name, value in dict(dim=dim, d_state=d_state, d_conv=d_conv, expand=expand, timesteps=timesteps, samples=samples).items(): check_setting(name, value, 1)
+        if dim % 2: raise AutohdrError(f"MambaDiffusion: dim is {dim}; expected an even number, half of the code of the noise level are sines, half cosines")
+        check_setting("middle", middle, 0)
+        check_setting("steps", steps, 1, timesteps)
+        check_setting("seed", seed, 0)
+        check_blocks(blocks)
         self.mode, self.checkpointing = check_name(mode, ("direct", "diffusion"), "mode of MambaDiffusion"), checkpointing
         self.timesteps, self.steps, self.samples, self.seed = timesteps, steps, samples, seed
         self.dim, time = dim, dim * 4
@@ -186,7 +212,7 @@ def predict(self: MambaDiffusion,
         x = group(torch.cat([last(up(first(x))), skip], -1), code, recompute)
     return photo + self.output(first(self.norm(x)))[..., :photo.shape[2], :photo.shape[3]]
 
-# %% ../../nbs/models/13_mamba.ipynb #9bd72062
+# %% ../../nbs/models/13_mamba.ipynb #b20bab39
 @patch
 def forward(self: MambaDiffusion, x): # N x 3 x H x W in [0,1]
     if self.mode == "direct": return self.predict(x, x * 2 - 1, torch.zeros(1, device=x.device))
@@ -199,12 +225,12 @@ def training_terms(self: MambaDiffusion,
     loss, # (prediction, after) -> scalar
 ) -> dict: # name to scalar; what training minimises is their sum
     "The loss of a training step."
-    if self.mode == "direct": return {"edit": loss(self(before).float(), after)}
+    if self.mode == "direct": return {"loss": loss(self(before).float(), after)}
     n = len(before)
     t = torch.randint(1, self.timesteps + 1, (n,), device=before.device)
     left = cosine_schedule(self.timesteps).to(before.device)[t]
     state = add_noise(after.float() * 2 - 1, torch.randn_like(after, dtype=torch.float32), left)
-    return {"denoise": loss(self.predict(before, state, t).float(), after)}
+    return {"loss": loss(self.predict(before, state, t).float(), after)}
 
 # %% ../../nbs/models/13_mamba.ipynb #bf7a8398
 @patch

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['naive_scan', 'recur', 'plan', 'segment', 'segment_states', 'segment_gradients', 'Scan', 'fused_kernel',
-           'scan_by_kernel', 'selective_scan']
+           'choose_kernel', 'scan_by_kernel', 'selective_scan']
 
 # %% ../../nbs/models/11_scan.ipynb #15e784df
 import functools, math
@@ -49,14 +49,15 @@ def recur(
     for at, ut in zip(*steps): h = torch.addcmul(ut, at, h, out=ut)
     return u
 
-# %% ../../nbs/models/11_scan.ipynb #0b489942
+# %% ../../nbs/models/11_scan.ipynb #2cbd0efa
 def plan(
     length: int, # L
-    width: int, # numbers in one state: N * K * S * D
+    width: int, # numbers in one state: N * K * S * D; 0 for an empty batch
     on_gpu: bool, # a GPU wants more at once
 ) -> tuple: # (steps in a segment, chunks side by side)
     "How a sequence is cut: segments that fit the cache, chunks that fill one operation."
     numbers, work = (2**26, 2**20) if on_gpu else (2**18, 2**14)
+    width, length = max(1, width), max(1, length)
     steps = min(length, max(64, numbers // width))
     chunks = max(1, min(math.isqrt(steps), work // width))
     return -(-steps // chunks) * chunks, chunks
@@ -135,13 +136,19 @@ class Scan(torch.autograd.Function):
         dx, ddelta, dB, dC = grads
         return dx, ddelta, dA.transpose(1, 2).to(A.dtype), dB, dC
 
-# %% ../../nbs/models/11_scan.ipynb #f6b92a59
+# %% ../../nbs/models/11_scan.ipynb #7443a0b3
 @functools.cache
 def fused_kernel():
     "mamba_ssm's selective_scan_fn, or None where the package is not installed or doesn't fit this machine."
     try: from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
     except (ImportError, OSError, RuntimeError): return None # the latter two: compiled for another CUDA or torch
     return selective_scan_fn
+
+def choose_kernel(
+    x: torch.Tensor, # what is to be scanned; its device and type count
+): # function or None: the scan in plain PyTorch
+    "The authors' kernel for tensors on a GPU; float64 is more than it can do, it computes in float32."
+    return fused_kernel() if x.device.type == "cuda" and x.dtype != torch.float64 else None
 
 def scan_by_kernel(kernel, x, delta, A, B, C): # as for `naive_scan`
     "The scan by a function that takes mamba_ssm's order: channels of all systems one after the other, time last."
@@ -150,7 +157,7 @@ def scan_by_kernel(kernel, x, delta, A, B, C): # as for `naive_scan`
     y = kernel(u, delta, A.float().flatten(0, 1).contiguous(), B, C)
     return y.unflatten(1, A.shape[:2]).transpose(2, 3).to(x.dtype)
 
-# %% ../../nbs/models/11_scan.ipynb #1f06c405
+# %% ../../nbs/models/11_scan.ipynb #5a479c2a
 def selective_scan(
     x: torch.Tensor, # N x K x L x D, any floating type
     delta: torch.Tensor, # N x K x L x D, step sizes, >= 0
@@ -160,6 +167,6 @@ def selective_scan(
     D: torch.Tensor, # K x D, what of x passes by the state
 ) -> torch.Tensor: # N x K x L x D, the type of x
     "Mamba's selective scan; computed in float32 at least, in autocast too: none of its operations is one that autocast rounds."
-    kernel = fused_kernel() if x.is_cuda else None
+    kernel = choose_kernel(x)
     y = scan_by_kernel(kernel, x, delta, A, B, C) if kernel else Scan.apply(x, delta, A, B, C)
     return y + (D[:, None] * x).to(x.dtype)
