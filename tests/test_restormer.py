@@ -1,15 +1,15 @@
-"""Restormer against the published one, against the plain way to write it, by tiles, with recomputation, and in half precision."""
+"""Restormer against the published one, against the plain way to write it, in one tile and in several, with recomputation, and in half precision."""
 import pytest
 import torch
 
-from autohdr.models.restormer import Restormer, infer_config, tiles
+from autohdr.models.restormer import Restormer, infer_config, own_part, tiles
 from autohdr.models.zoo import create_model, memory_per_pixel
 from tests.plain.restormer import Restormer as Plain
 from tests.zoo import difference_to_published, published_shapes
 
 SMALL = dict(dim=16, blocks=(2, 1, 1, 1), refinement=1)
 VARIANTS = [{}, {"norm_bias": False}, {"reduce_level1": True}, {"norm_bias": False, "reduce_level1": True, "expansion": 2.0, "heads": (1, 1, 2, 4)}]
-ONE, MANY = (40, 64), (80, 144) # sides in multiples of 8: one tile at each level; several at the first two
+ONE, MANY = (40, 64), (112, 168) # sides in multiples of 8: one tile at each level; six at the first
 every_variant = pytest.mark.parametrize("config", VARIANTS, ids=str)
 
 
@@ -47,11 +47,6 @@ def kept(model, x):
     return sum(t.untyped_storage().nbytes() for t in found.values()) / x[:, 0].numel()
 
 
-def by_tiles_in_training(monkeypatch):
-    """Every map of more than one tile goes by tiles, as only those of large photos do."""
-    monkeypatch.setattr("autohdr.models.restormer.LARGE", 0)
-
-
 def test_names_and_shapes_are_the_published_ones():
     assert {k: list(v.shape) for k, v in create_model("restormer").state_dict().items()} == published_shapes("restormer")
 
@@ -72,29 +67,24 @@ def test_output_is_that_of_the_plain_version(config, size):
 
 
 @every_variant
-@pytest.mark.parametrize("apart", [False, True], ids=["whole", "by tiles"])
-def test_gradients_are_those_of_the_plain_version(config, apart, monkeypatch):
-    if apart:
-        by_tiles_in_training(monkeypatch)
-    (ours, plain), x = ours_and_plain(config), torch.rand(2, 3, *MANY)
+@pytest.mark.parametrize("size", [ONE, MANY], ids=str)
+def test_gradients_are_those_of_the_plain_version(config, size):
+    (ours, plain), x = ours_and_plain(config), torch.rand(2, 3, *size)
     (_, found), (_, expected) = (gradients(m, x) for m in (ours, plain))
     worst = {k: float((found[k] - g).abs().max() / g.abs().max()) for k, g in expected.items()}
     assert max(worst.values()) < 1e-4, max(worst, key=worst.get)
 
 
-@pytest.mark.parametrize("apart", [False, True], ids=["whole", "by tiles"])
-def test_checkpointing_gives_the_same_gradients_to_the_bit(apart, monkeypatch):
-    if apart:
-        by_tiles_in_training(monkeypatch)
-    (model, _), x = ours_and_plain({}), torch.rand(1, 3, *MANY)
+@pytest.mark.parametrize("size", [ONE, MANY], ids=str)
+def test_checkpointing_gives_the_same_gradients_to_the_bit(size):
+    (model, _), x = ours_and_plain({}), torch.rand(1, 3, *size)
     _, expected = gradients(model, x)
     model.checkpointing = True
     _, found = gradients(model, x)
     assert all(torch.equal(found[k], g) for k, g in expected.items())
 
 
-def test_gradients_by_tiles_reach_a_model_with_frozen_parts(monkeypatch):
-    by_tiles_in_training(monkeypatch)
+def test_gradients_reach_a_model_with_frozen_parts():
     (model, _), x = ours_and_plain({}), torch.rand(1, 3, *MANY)
     _, expected = gradients(model, x)
     frozen = {f"{stage}.{name}" for stage in ("encoder_level1", "latent") for name, p in getattr(model, stage).named_parameters() if p.requires_grad_(False) is p}
@@ -110,7 +100,7 @@ def test_half_precision_is_finite_and_close(dtype):
     with torch.no_grad():
         block = model.encoder_level1[0]
         block.attn.qkv.weight *= 20
-        lengths = block.attn(block.norm1.body(model.patch_embed(x).permute(0, 2, 3, 1)), ...)[2]
+        lengths = block.attn(block.norm1.body(model.patch_embed(x).permute(0, 2, 3, 1)))[2]
         assert lengths.max() > torch.finfo(torch.float16).max
         full = model(x)
         with torch.autocast("cpu", dtype):
@@ -120,33 +110,38 @@ def test_half_precision_is_finite_and_close(dtype):
         assert half.isfinite().all() and (half.float() - full).abs().mean() < 0.02 * full.std()
 
 
-def test_gradients_under_autocast_by_tiles_are_close(monkeypatch):
+def test_gradients_under_autocast_are_close():
     (model, _), x = ours_and_plain({}), torch.rand(1, 3, *MANY)
-    _, expected = gradients(model, x, dtype=torch.bfloat16)
-    by_tiles_in_training(monkeypatch)
-    _, found = gradients(model, x, dtype=torch.bfloat16)
-    total = lambda a, b: sum(float((a[k].float() - b[k].float()).square().sum()) for k in expected) ** 0.5
-    assert total(found, expected) < 0.05 * total(expected, {k: torch.zeros(()) for k in expected})
+    (_, expected), (_, found) = gradients(model, x), gradients(model, x, dtype=torch.bfloat16)
+    total = lambda grads: sum(float(g.square().sum()) for g in grads) ** 0.5
+    assert total(found[k] - g for k, g in expected.items()) < 0.05 * total(expected.values())
 
 
 def test_tiles_cover_a_map_once_with_a_pixel_around():
-    for h, w in [(1, 1), (48, 500), (71, 72), (113, 97)]:
+    for h, w in [(1, 1), (48, 500), (95, 96), (161, 128)]:
         count = torch.zeros(1, h, w, 1)
-        for around, tile, inner in tiles(count):
+        for around, tile, border in tiles(h, w):
             count[tile] += 1
-            assert count[around][inner].data_ptr() == count[tile].data_ptr() and count[around][inner].shape == count[tile].shape
+            own = own_part(count[around], border)
+            assert own.data_ptr() == count[tile].data_ptr() and own.shape == count[tile].shape
             assert all(a.start == max(t.start - 1, 0) and a.stop == min(t.stop + 1, n) for a, t, n in zip(around[1:], tile[1:], (h, w)))
         assert (count == 1).all()
 
 
-def test_tiles_and_checkpoints_keep_little_for_the_backward_pass(monkeypatch):
-    (ours, plain), x = ours_and_plain({}), torch.rand(1, 3, *MANY)
-    whole, as_written = kept(ours, x), kept(plain, x)
-    by_tiles_in_training(monkeypatch)
-    by_tiles = kept(ours, x)
+def test_a_compiler_sees_whole_maps():
+    (model, plain), x = ours_and_plain({}), torch.rand(1, 3, *MANY)
+    with torch.no_grad():
+        exported = torch.export.export(model.eval(), (x,)).module()
+        torch.testing.assert_close(exported(x), plain(x), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", [ONE, MANY], ids=str)
+def test_less_is_kept_for_the_backward_pass(size):
+    (ours, plain), x = ours_and_plain({}), torch.rand(1, 3, *size)
+    all_of_it, as_written = kept(ours, x), kept(plain, x)
     ours.checkpointing = True
     checkpointed = kept(ours, x)
-    assert checkpointed < by_tiles / 2 < by_tiles < whole / 2 < whole < as_written, (checkpointed, by_tiles, whole, as_written)
+    assert checkpointed < all_of_it / 10 and all_of_it < 0.9 * as_written, (checkpointed, all_of_it, as_written)
 
 
 def test_memory_of_the_published_model():
