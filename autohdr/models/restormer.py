@@ -105,11 +105,11 @@ def mixing(self: ChannelAttention,
         out = self.project_out.weight.float().view(-1, heads, c).transpose(0, 1)
         return (out @ attention).transpose(1, 2).reshape(n, heads * c, heads * c)
 
-# %% ../../nbs/models/05_restormer.ipynb #d565edad
+# %% ../../nbs/models/05_restormer.ipynb #de3337ff
 def fill(
-    weight: torch.Tensor,
+    weight: torch.Tensor, # of any shape
     dim: int, # whose size shall be a multiple of 16
-) -> torch.Tensor:
+) -> torch.Tensor: # that shape, longer in `dim`
     "Zeros at the end of a dimension, so that vectors of 16 numbers fit."
     missing = -weight.shape[dim] % 16
     return torch.cat([weight, weight.new_zeros(*weight.shape[:dim], missing, *weight.shape[dim + 1:])], dim) if missing else weight
