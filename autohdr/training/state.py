@@ -70,7 +70,7 @@ class State:
     since_best: int = 0 # epochs since then
     history: list = field(default_factory=list) # a dict per epoch
 
-# %% ../../nbs/training/01_state.ipynb #c6acd761
+# %% ../../nbs/training/01_state.ipynb #1276980b
 def match_report(
     table: pd.DataFrame, # from `load_weights`
     path, # of the checkpoint
@@ -80,6 +80,7 @@ def match_report(
     if share < 0.5: raise AutohdrError(f"{path}: only {share:.1%} of the model's parameters are in it; start from a checkpoint of the same architecture and configuration")
     return f"{path}: {match_lines(table)}"
 
+# %% ../../nbs/training/01_state.ipynb #53de5619
 def overlap(
     source, # of a base or of starting weights
     recipe: Recipe,
@@ -100,6 +101,7 @@ def starting_model(
     if recipe.init: print(match_report(load_weights(model, recipe.init), recipe.init), flush=True)
     return model
 
+# %% ../../nbs/training/01_state.ipynb #91fa57c5
 def parameter_groups(
     model: torch.nn.Module,
 ) -> list: # for an optimiser
