@@ -7,7 +7,7 @@ __all__ = ['PUBLISHED', 'WRAPPERS', 'PREFIXES', 'MEANING', 'FLOATS', 'Published'
            'fetch_published', 'resolve_weights', 'unwrap', 'is_ours', 'read_weights', 'identify', 'match_table',
            'match_lines', 'load_weights', 'load_foreign', 'create_on_base']
 
-# %% ../../nbs/models/03_weights.ipynb #28978365
+# %% ../../nbs/models/03_weights.ipynb #7b6935b0
 import argparse, importlib, inspect, json, os, pickle, re, sys, time, zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np, pandas as pd, pooch, torch
 from safetensors import safe_open
 from tqdm import tqdm
 from ..core import AutohdrError, check_name, file_hash, write_text
-from .zoo import ARCHITECTURES, create_model, load_model, read_metadata, settings
+from .zoo import ARCHITECTURES, create_model, load_model, model_class, read_metadata, settings
 
 # %% ../../nbs/models/03_weights.ipynb #bd153b37
 @dataclass(frozen=True)
@@ -417,16 +417,14 @@ def load_foreign(
     model.metadata["weights"] = _origin(source, path) | dict(matched=table.attrs["share"])
     return model.eval(), table
 
-# %% ../../nbs/models/03_weights.ipynb #d7e5c823
+# %% ../../nbs/models/03_weights.ipynb #23025d9b
 def create_on_base(
     name: str, # a model whose class takes `base` and `base_config`
     base, # checkpoint of the base, of any origin, or 'published:NAME'
     **config, # its other settings
 ) -> torch.nn.Module: # its base holds the checkpoint's weights, all else is fresh; .metadata says where they come from
     "A new model on a frozen base that a checkpoint holds."
-    entry = ARCHITECTURES[check_name(name, ARCHITECTURES, "model")]
-    cls = getattr(importlib.import_module(f"autohdr.models.{entry.module}"), entry.cls)
-    if not hasattr(cls, "set_base"):
+    if not hasattr(model_class(name), "set_base"):
         raise AutohdrError(f"{name} stands on no other model, so base must be empty; to start from weights of its own, use init")
     path = resolve_weights(base)
     state = read_weights(path)
