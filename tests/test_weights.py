@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from autohdr import core
 from autohdr.core import AutohdrError
 from autohdr.models import weights
 from autohdr.models.weights import (PUBLISHED, Published, cached_file, create_on_base, fetch_published, identify, list_published, load_foreign,
@@ -447,13 +448,13 @@ def test_what_only_browsers_get_is_explained(publish):
 
 def test_the_cache_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("AUTOHDR_CACHE", str(tmp_path / "own"))
-    assert weights.cache_folder() == tmp_path / "own"
+    assert core.cache_folder() == tmp_path / "own"
     monkeypatch.delenv("AUTOHDR_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert weights.cache_folder() == tmp_path / "autohdr"
+    assert core.cache_folder() == tmp_path / "autohdr"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert weights.cache_folder() == tmp_path / ".cache/autohdr"
+    assert core.cache_folder() == tmp_path / ".cache/autohdr"
 
 
 def test_a_recipe_names_a_published_checkpoint():

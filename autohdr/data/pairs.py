@@ -6,17 +6,16 @@
 __all__ = ['COLUMNS', 'SPLITS', 'read_pairs', 'save_pairs', 'scan_pairs', 'assign_splits', 'assign_folds', 'make_table',
            'fingerprint', 'working_size', 'read_pair', 'jitter', 'PairDataset', 'EpochSampler', 'make_loader']
 
-# %% ../../nbs/data/00_pairs.ipynb #bac295f9
+# %% ../../nbs/data/00_pairs.ipynb #b70a515f
 import hashlib, io, math, os, re
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..core import AutohdrError, atomic_path, check_name, file_hash, progress
+from ..core import AutohdrError, atomic_path, check_name, each, file_hash
 from .matching import PROBLEMS, match_folder, match_folders, problem, without_word
 from ..photo import read_photo, read_size, resize
 
@@ -102,7 +101,7 @@ def save_pairs(
     with atomic_path(csv) as tmp: out.to_csv(tmp, index=False)
     return Path(csv)
 
-# %% ../../nbs/data/00_pairs.ipynb #d3d91229
+# %% ../../nbs/data/00_pairs.ipynb #d35aa879
 def _inspect(path):
     "Size and thumbnail of one photo, or the error that reading it gave."
     try:
@@ -110,12 +109,6 @@ def _inspect(path):
         return dict(size=(height, width), look=resize(read_photo(path, long_side=128).pixels, 8, 8).ravel(), error="")
     except Exception as e:  # a decoder may raise anything on a broken file, and one bad file must not end the scan
         return dict(size=None, look=None, error="missing: no such file" if not os.path.exists(path) else f"unreadable: {e}")
-
-def _each(function, items, label):
-    "{item: function(item)} in a few threads (decoding and hashing let go of Python's lock), with progress."
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # a full-size photo takes up to 1 GB on the way
-        jobs = {item: pool.submit(function, item) for item in items}
-        return {item: job.result() for item, job in progress(jobs.items(), label)}
 
 # %% ../../nbs/data/00_pairs.ipynb #223cbe81
 def _pixel_hash(path):
@@ -140,11 +133,11 @@ def _look_alikes(
             if len(near): found |= {group[i][1], *(group[j][1] for j in near)}
     return found
 
-# %% ../../nbs/data/00_pairs.ipynb #d78d425f
+# %% ../../nbs/data/00_pairs.ipynb #cbf32e4e
 def _same_pixels(seen):
     "{path: token}, tokens equal where the pixels are."
     suspects = sorted(_look_alikes(seen))
-    hashes = _each(_pixel_hash, suspects, "Comparing look-alikes") if suspects else {}
+    hashes = each(_pixel_hash, suspects, "Comparing look-alikes") if suspects else {}
     return {path: hashes.get(path, path) for path, s in seen.items() if s["size"]}
 
 # %% ../../nbs/data/00_pairs.ipynb #c607b3cf
@@ -249,19 +242,28 @@ def _restore(pairs, previous):
     gone = sorted(set(old.index) - set(pairs["name"]))
     return pairs, [problem(n, old["before"][n], "gone: in the earlier table, but not among the photos now") for n in gone]
 
-# %% ../../nbs/data/00_pairs.ipynb #32f4825c
+# %% ../../nbs/data/00_pairs.ipynb #f3129193
+def _without_dropped(pairs):
+    "The pairs that `dropped` has no word against, and problems for the others."
+    if "dropped" not in pairs: return pairs, []
+    pairs = pairs.assign(dropped=[str(v).strip() if pd.notna(v) else "" for v in pairs["dropped"]])
+    out = pairs["dropped"] != ""
+    return pairs[~out].copy(), [problem(r["name"], r["before"], f"dropped: {r['dropped']}") for r in pairs[out].to_dict("records")]
+
+# %% ../../nbs/data/00_pairs.ipynb #44f6f3cc
 def scan_pairs(
     source, # 'samples', a folder, two folders (befores, afters), a CSV, or a DataFrame with columns before and after
     property_from=None, # regular expression with one group, or function, that finds the property in a pair's name
     previous=None, # an earlier table (CSV or DataFrame) whose splits, folds, properties and extra columns are kept
+    with_dropped: bool = False, # also the pairs that the column `dropped` names a reason against
 ): # (pairs, problems): DataFrames with COLUMNS and PROBLEMS
     "Find the pairs of a source, look at every photo, and list whatever is wrong with the reason."
     pairs, problems = _find(source)
-    for step in (_unique, lambda p: _restore(p, previous)):
+    for step in (_unique, lambda p: _restore(p, previous), *([] if with_dropped else [_without_dropped])):
         pairs, more = step(pairs)
         problems += more
     pairs["property"], more = _properties(pairs, property_from)
-    seen = _each(_inspect, sorted({f for f in [*pairs["before"], *pairs["after"]] if f}), "Checking photos")
+    seen = each(_inspect, sorted({f for f in [*pairs["before"], *pairs["after"]] if f}), "Checking photos")
     pairs, faults = _sound(pairs, seen)
     pairs, copies, shared = _distinct(pairs, _same_pixels(seen))
     _join(pairs, shared)
@@ -384,14 +386,14 @@ def make_table(
     save_pairs(pairs, out)
     return pairs, problems
 
-# %% ../../nbs/data/00_pairs.ipynb #16b56083
+# %% ../../nbs/data/00_pairs.ipynb #9950b97e
 def fingerprint(
     pairs: pd.DataFrame, # the table
 ) -> str: # 16 hexadecimal digits
     "A hash of the photos and how they are split, for the record of a run."
     pairs = _prepared(pairs)
     files = [c for c in ("before", "after", "window") if c in pairs]
-    hashes = _each(file_hash, sorted({f for c in files for f in pairs[c] if f}), "Hashing photos")
+    hashes = each(file_hash, sorted({f for c in files for f in pairs[c] if f}), "Hashing photos")
     rows = [(r["name"], r["property"], r["split"], int(r["fold"]), *(hashes.get(r[c], "") for c in files)) for r in pairs.to_dict("records")]
     return hashlib.sha256(repr(sorted(rows)).encode()).hexdigest()[:16]
 
@@ -529,13 +531,13 @@ def _pixels(self: PairDataset, index):
 
 def _bytes(photos): return sum(p.nbytes for p in photos)
 
-# %% ../../nbs/data/00_pairs.ipynb #c4d74aa0
+# %% ../../nbs/data/00_pairs.ipynb #f2f5847b
 @patch
 def preload(self: PairDataset):
     "Decode as much as there is room for, in threads."
     fits = self.room // _bytes(self._pixels(0))
     wanted = [i for i in range(len(self)) if i not in self.kept][:fits]
-    for index, photos in (_each(self._decode, wanted, "Decoding photos") if wanted else {}).items():
+    for index, photos in (each(self._decode, wanted, "Decoding photos") if wanted else {}).items():
         if (need := _bytes(photos)) <= self.room: self.kept[index], self.room = photos, self.room - need
     return self
 

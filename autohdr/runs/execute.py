@@ -189,12 +189,13 @@ def _outcome(job: Job, problem, ooms: int) -> dict:
         return dict(state="died", reason=f"The kernel died at {at} ({_cause(job.kernel.popen and job.kernel.popen.poll(), ooms)}).", exit_code=1)
     return dict(state="failed", reason=f"autohdr could not go on at {at}: {type(problem).__name__}: {problem}", exit_code=1)
 
-# %% ../../nbs/runs/04_execute.ipynb #807fd362
+# %% ../../nbs/runs/04_execute.ipynb #7d8a582a
 def _make_room(run_dir: Path, parameters: dict, overwrite: bool, resume: bool) -> int:
     "Make the run's folder, or refuse; returns which attempt this is."
     if not run_dir.exists() or not any(run_dir.iterdir()):
         run_dir.mkdir(parents=True, exist_ok=True)
         return 1
+    if not (run_dir/"status.json").exists(): raise AutohdrError(f"{run_dir} holds other files, and no run: give a folder that is new or empty.")
     old = read_status(run_dir)
     if old["state"] == "running":
         here = old["host"] == socket.gethostname()
@@ -208,13 +209,13 @@ def _make_room(run_dir: Path, parameters: dict, overwrite: bool, resume: bool) -
     if not resume: raise AutohdrError(f"{run_dir} exists ({old['state']}): give this run another name, or say --resume to go on with it or --overwrite to replace it.")
     was = yaml.safe_load((run_dir/"params.yaml").read_text(encoding="utf-8"))["parameters"]
     other = [k for k in parameters if k not in was or was[k] != parameters[k]]
-    if other: raise AutohdrError(f"{run_dir} can't be resumed with other parameters ({', '.join(other)}); give this run another name.")
+    if other: raise AutohdrError(f"{run_dir} can't go on with other parameters ({', '.join(other)}): give this run another name, or say --overwrite to replace it.")
     return old.get("attempt", 1) + 1
 
-# %% ../../nbs/runs/04_execute.ipynb #3da35dd9
-def _begin(spec: Spec, root, overwrite: bool, resume: bool) -> tuple: # (run_dir, status)
+# %% ../../nbs/runs/04_execute.ipynb #504531e2
+def _begin(spec: Spec, root, folder, overwrite: bool, resume: bool) -> tuple: # (run_dir, status)
     "The folder, params.yaml and the first status.json."
-    run_dir = (Path(root)/spec.study/spec.run).absolute()
+    run_dir = Path(folder or Path(root)/spec.study/spec.run).absolute()
     attempt = _make_room(run_dir, spec.parameters, overwrite, resume)
     params = dict(notebook=str(spec.notebook), study=spec.study, about=spec.about, parameters=spec.parameters)
     write_text(run_dir/"params.yaml", yaml.safe_dump(params, sort_keys=False, allow_unicode=True))
@@ -242,16 +243,17 @@ def _execute(job: Job, spec: Spec):
         if job.kernel.popen: kill_group(job.kernel.popen.pid) # whatever the kernel started and left
         job.kernel.remove_folder()
 
-# %% ../../nbs/runs/04_execute.ipynb #445e12e7
+# %% ../../nbs/runs/04_execute.ipynb #d761313e
 def run(
     spec: Spec, # what to run; see `autohdr.runs.spec.make_spec`
     root="papermill_runs", # the run's folder is root/study/run
+    folder=None, # or exactly this one
     overwrite: bool = False, # replace a run of the same name
     resume: bool = False, # go on with a run of the same name, in its folder
     echo: bool = True, # show what the notebook prints
 ) -> Path: # the run's folder
     "Execute a run notebook and write its report; a run that does not end well raises RunError after everything is written."
-    run_dir, status = _begin(spec, root, overwrite, resume)
+    run_dir, status = _begin(spec, root, folder, overwrite, resume)
     log, begin, ooms = Log(run_dir/"log.txt", echo), time.monotonic(), _oom_kills()
     log.line(f"{spec.study}/{spec.run}: {spec.notebook.name} in {run_dir}")
     job = Job(run_dir, status, log)
