@@ -6,7 +6,7 @@
 __all__ = ['COLUMNS', 'SPLITS', 'read_pairs', 'save_pairs', 'scan_pairs', 'assign_splits', 'assign_folds', 'make_table',
            'fingerprint', 'working_size', 'read_pair', 'jitter', 'PairDataset', 'EpochSampler', 'make_loader']
 
-# %% ../../nbs/data/00_pairs.ipynb #b70a515f
+# %% ../../nbs/data/00_pairs.ipynb #1960d224
 import hashlib, io, math, os, re
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -16,6 +16,7 @@ from fastcore.basics import patch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..core import AutohdrError, atomic_path, check_name, each, file_hash
+from .fivek import match_fivek
 from .matching import PROBLEMS, match_folder, match_folders, problem, without_word
 from ..photo import read_photo, read_size, resize
 
@@ -206,7 +207,7 @@ def _join(pairs, shared):
         if not assigned(new): prop = {n: old if p == new else p for n, p in prop.items()}
     pairs["property"] = pairs["name"].map(prop)
 
-# %% ../../nbs/data/00_pairs.ipynb #ebc62ba7
+# %% ../../nbs/data/00_pairs.ipynb #2d447459
 def _find(source):
     "A raw table and problems from whatever the user has."
     if isinstance(source, pd.DataFrame): return _complete(source, os.getcwd()), []
@@ -216,6 +217,7 @@ def _find(source):
     elif str(source) == "samples":
         from autohdr.data.samples import sample_pairs  # here, since the samples may use this module
         return _complete(sample_pairs(), os.getcwd()), []
+    elif found := match_fivek(source): rows, problems = found
     elif Path(source).is_dir(): rows, problems = match_folder(source)
     elif str(source).lower().endswith(".csv"): return read_pairs(source), []
     else: raise AutohdrError(f"'{source}' is neither a folder, nor a CSV, nor 'samples'.")
@@ -250,9 +252,9 @@ def _without_dropped(pairs):
     out = pairs["dropped"] != ""
     return pairs[~out].copy(), [problem(r["name"], r["before"], f"dropped: {r['dropped']}") for r in pairs[out].to_dict("records")]
 
-# %% ../../nbs/data/00_pairs.ipynb #44f6f3cc
+# %% ../../nbs/data/00_pairs.ipynb #11f8d351
 def scan_pairs(
-    source, # 'samples', a folder, two folders (befores, afters), a CSV, or a DataFrame with columns before and after
+    source, # 'samples', a folder (MIT-Adobe FiveK: also that of one expert), two folders (befores, afters), a CSV, or a DataFrame with columns before and after
     property_from=None, # regular expression with one group, or function, that finds the property in a pair's name
     previous=None, # an earlier table (CSV or DataFrame) whose splits, folds, properties and extra columns are kept
     with_dropped: bool = False, # also the pairs that the column `dropped` names a reason against
