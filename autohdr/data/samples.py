@@ -6,7 +6,7 @@
 __all__ = ['SAMPLES', 'GREY', 'FAULTS', 'STUDY', 'GOOD', 'FAULTY', 'PORTRAIT', 'VAL', 'TEST', 'sample_pairs', 'encode', 'solve',
            'camera_settings', 'camera', 'smooth', 'light_colour', 'taste', 'editor', 'pulled', 'decode', 'finish',
            'exposed', 'moved', 'apply_fault', 'transformation', 'sample_plan', 'develop', 'render_pair', 'write_jpeg',
-           'write_samples']
+           'write_pair', 'write_samples']
 
 # %% ../../nbs/data/02_samples.ipynb #35f1b290
 from pathlib import Path
@@ -247,7 +247,22 @@ def write_jpeg(path, v, quality=90):
     "A picture in [0,1] as JPEG."
     with atomic_path(path) as tmp: cv2.imwrite(str(tmp), np.rint(v[..., ::-1] * 255).astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, quality])
 
-# %% ../../nbs/data/02_samples.ipynb #747a36e0
+# %% ../../nbs/data/02_samples.ipynb #0d9bc429
+def write_pair(
+    folder: Path, # gets before/, after/ and window/
+    name: str,
+    before, after, # h x w x 3 in [0,1]
+    window, # h x w, above 0.5 where the picture looks outside
+    quality=(84, 88), # of the two JPEGs
+) -> dict: # before, after, window: files relative to the folder; window '' where none is seen
+    "Write the photos of a pair and the mask of its windows."
+    files = dict(before=f"before/{name}.jpg", after=f"after/{name}.jpg", window=f"window/{name}.png" if window.max() > .5 else "")
+    for side, v, q in zip(("before", "after"), (before, after), quality): write_jpeg(folder / files[side], v, q)
+    if files["window"]:
+        with atomic_path(folder / files["window"]) as tmp: cv2.imwrite(str(tmp), (window > .5).astype(np.uint8) * 255, [cv2.IMWRITE_PNG_BILEVEL, 1])
+    return files
+
+# %% ../../nbs/data/02_samples.ipynb #f8e39d02
 def write_samples(
     folder, # where before/, after/, window/ and manifest.csv go
     plan: pd.DataFrame = None, # `sample_plan()` when None
@@ -260,13 +275,7 @@ def write_samples(
         shot, other = render(row)
         before, after = develop(shot, other, row.fault, row.severity, previous)
         if not row.portrait and not row.fault: previous = after
-        files = {side: f"{side}/{row.name}.jpg" for side in ("before",
-            "after")} | dict(window=f"window/{row.name}.png" if shot.window.max() > .5 else "")
-        write_jpeg(folder / files["before"], before, 84)
-        write_jpeg(folder / files["after"], after, 88)
-        if files["window"]:
-            with atomic_path(folder / files["window"]) as tmp: cv2.imwrite(str(tmp), (shot.window > .5).astype(np.uint8) * 255,
-                [cv2.IMWRITE_PNG_BILEVEL, 1])
+        files = write_pair(folder, row.name, before, after, shot.window)
         rows.append(dict(name=row.name, **files, property=row.property, fault=row.fault, severity=row.severity, seed=row.seed,
             view=row.view, kind=shot.kind,
                          portrait=int(row.portrait), split=row.split))
