@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FIRST', 'VIEWS', 'WINDOW', 'PLAIN', 'Room', 'room_plan', 'why_dull', 'write_rooms']
 
-# %% ../../nbs/data/10_rooms.ipynb #c49cec4f
+# %% ../../nbs/data/10_rooms.ipynb #c2fe2616
 import itertools, time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np, pandas as pd
 
 from ..core import AutohdrError, write_csv
-from . import scenes
 from .pairs import read_pairs, save_pairs
 from .samples import develop, render_pair, write_pair
 

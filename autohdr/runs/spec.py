@@ -93,7 +93,7 @@ def parse_override(
     try: return p.name, yaml.safe_load(value)
     except yaml.YAMLError: raise AutohdrError(f"The value of '{text}' can't be read; lists are written [1, 2], text with special characters in quotes.") from None
 
-# %% ../../nbs/runs/00_spec.ipynb #d16173d0
+# %% ../../nbs/runs/00_spec.ipynb #449abc12
 def is_path(p: Parameter) -> bool:
     "Does the parameter take the path of a file or a folder?"
     return p.kind == "str" and re.search(r"\b(file|folder|path|checkpoint)s?\b", p.help, re.I) is not None
@@ -104,7 +104,7 @@ def resolve_path(
     base: Path, # the folder that relative paths start from
 ) -> str: # absolute where it is a path
     "An absolute path for a path, any other word unchanged; published:NAME stands for a file that is fetched when it is needed."
-    if not is_path(p) or not value or value == p.default or value.startswith("published:"): return value
+    if not is_path(p) or not value or value in (p.default, "samples") or value.startswith("published:"): return value
     path = Path(base, Path(value).expanduser()).absolute()
     if path.exists(): return str(path)
     raise AutohdrError(f"Parameter '{p.name}': there is no file or folder {path}.")

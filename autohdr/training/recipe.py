@@ -13,7 +13,7 @@ from ..losses.pixel import LOSSES
 from ..models.weights import PUBLISHED
 from ..models.zoo import ARCHITECTURES, settings
 
-# %% ../../nbs/training/00_recipe.ipynb #d7031f3e
+# %% ../../nbs/training/00_recipe.ipynb #d2c7dab1
 @dataclass
 class Recipe:
     "A training run."
@@ -24,11 +24,15 @@ class Recipe:
     model_config: dict = field(default_factory=dict)  # its settings, such as {"width": 8}
     init: str = ""               # checkpoint to start from, or published:NAME; empty: fresh weights
     base: str = ""               # checkpoint, or published:NAME, of the frozen model that controlnet_restormer or color_refiner stands on; empty: fresh weights
+    pretrain_pairs: str = ""     # pairs to learn from first: a folder, a CSV table, or 'samples'; photos that judge the run are left out; empty: none
+    pretrain_epochs: int = 0     # passes over them, at most
+    pretrain_lr: float = 0.0     # peak learning rate there; 0: lr
     size: int = 512              # long side of the working photos, in pixels
     squash: bool = False         # squash photos to size x size, as the study did, instead of keeping their aspect
     crop: int = 256              # side of the square crops that training sees, in pixels; 0: whole photos
     crop_scale: list = field(default_factory=lambda: [0.6, 1.0])  # crop this share of the short side and resize; []: crop without resizing
     repeats: int = 1             # passes over the training photos that make an epoch; more for few photos
+    epoch_updates: int = 0       # updates that make an epoch, however many photos there are; 0: as many as the passes give
     flip: bool = True            # mirror at random
     gamma_jitter: float = 0.0    # sd of the natural log of a random exponent on the input alone
     gain_jitter: float = 0.0     # sd of the natural log of random channel gains on the input alone
@@ -57,14 +61,17 @@ class Recipe:
         if self.fold >= self.folds and self.fold >= 0:
             raise AutohdrError(f"fold is {self.fold}, but there are {self.folds} folds; expected fold under folds")
         for key in self.model_config: check_name(key, settings(self.model), f"setting of {self.model}")
+        if bool(self.pretrain_pairs) != bool(self.pretrain_epochs) or (self.pretrain_lr and not self.pretrain_pairs):
+            raise AutohdrError(f"pretrain_pairs is '{self.pretrain_pairs}', pretrain_epochs {self.pretrain_epochs}, pretrain_lr {self.pretrain_lr}; "
+                               "expected pairs and at least one epoch, or neither")
         if self.base and "base" not in settings(self.model):
             raise AutohdrError(f"base is '{self.base}', but {self.model} stands on no frozen model; expected ''")
         if self.base and {"base", "base_config"} & self.model_config.keys():
             raise AutohdrError(f"base is '{self.base}', a checkpoint that says what the base is, and model_config says it too; expected one of them")
 
-# %% ../../nbs/training/00_recipe.ipynb #482a7230
-RANGES = dict(size=(16, 16384), crop=(0, 16384), repeats=(1, 10_000), gamma_jitter=(0, 2), gain_jitter=(0, 1), lr=(1e-8, 1), weight_decay=(0, 10),
-              warmup_epochs=(0, 10_000), epochs=(1, 100_000), batch_size=(1, 1024), accumulate=(1, 1024), clip=(0, 1e6), ema_decay=(0, 1), patience=(0, 100_000),
+# %% ../../nbs/training/00_recipe.ipynb #963f7371
+RANGES = dict(size=(16, 16384), crop=(0, 16384), repeats=(1, 10_000), epoch_updates=(0, 1_000_000), pretrain_epochs=(0, 100_000), pretrain_lr=(0, 1),
+              gamma_jitter=(0, 2), gain_jitter=(0, 1), lr=(1e-8, 1), weight_decay=(0, 10), warmup_epochs=(0, 10_000), epochs=(1, 100_000), batch_size=(1, 1024), accumulate=(1, 1024), clip=(0, 1e6), ema_decay=(0, 1), patience=(0, 100_000),
               val_every=(1, 100_000), folds=(0, 100), fold=(-1, 99), seed=(0, 2**32 - 1), split_seed=(0, 2**32 - 1), workers=(0, 128), threads=(0, 1024))
 CHOICES = dict(model=ARCHITECTURES, loss=LOSSES, precision=("fp32", "bf16", "fp16"))
 
@@ -109,13 +116,13 @@ def check_crop_scale(
         raise AutohdrError(f"crop_scale is {value!r}; expected [low, high] with 0 < low <= high <= 1, or []")
     return numbers
 
-# %% ../../nbs/training/00_recipe.ipynb #fd2e8e68
+# %% ../../nbs/training/00_recipe.ipynb #2e93fa33
 def updates_per_epoch(
     recipe: Recipe,
     photos: int, # in the training split
 ) -> int:
     "Optimiser steps in an epoch; a last, smaller group of batches counts as one."
-    return math.ceil(math.ceil(photos / recipe.batch_size) * recipe.repeats / recipe.accumulate)
+    return recipe.epoch_updates or math.ceil(math.ceil(photos / recipe.batch_size) * recipe.repeats / recipe.accumulate)
 
 # %% ../../nbs/training/00_recipe.ipynb #0fb6e7a9
 def ema_weight(

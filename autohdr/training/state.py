@@ -80,16 +80,19 @@ def match_report(
     if share < 0.5: raise AutohdrError(f"{path}: only {share:.1%} of the model's parameters are in it; start from a checkpoint of the same architecture and configuration")
     return f"{path}: {match_lines(table)}"
 
-# %% ../../nbs/training/01_state.ipynb #53de5619
+# %% ../../nbs/training/01_state.ipynb #f0c87c09
 def overlap(
     source, # of a base or of starting weights
     recipe: Recipe,
 ) -> str: # empty where nothing speaks for it
     "A warning if a checkpoint was trained on the same pairs, split in another way: the photos that judge this run may have trained it."
-    then = read_metadata(source).get("recipe", {}) if is_ours(source) else {}
-    odd = [k for k in ("split_seed", "folds", "fold", "property_from") if then.get(k) != getattr(recipe, k)]
-    if then.get("pairs") != recipe.pairs or not odd: return ""
-    return f"careful: {source} was trained on the same pairs with another {' and '.join(odd)}, so it has seen photos that this run is judged by; its scores will flatter it"
+    about = read_metadata(source) if is_ours(source) else {}
+    for then in (about.get("recipe", {}), about.get("pretraining", {}).get("recipe", {})):
+        odd = [k for k in ("split_seed", "folds", "fold", "property_from") if then.get(k) != getattr(recipe, k)]
+        if then.get("pairs") == recipe.pairs and odd:
+            return (f"careful: {source} was trained on the same pairs with another {' and '.join(odd)}, so it has seen photos that this run is judged by; "
+                    "its scores will flatter it")
+    return ""
 
 def starting_model(
     recipe: Recipe,
@@ -144,7 +147,7 @@ def save_state(
                  cuda_rng=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
     with atomic_path(path) as tmp: torch.save(data, tmp)
 
-# %% ../../nbs/training/01_state.ipynb #78077c63
+# %% ../../nbs/training/01_state.ipynb #61ccf1e1
 MAY_DIFFER = ("workers", "device") # fields that do not change what a run computes
 
 def load_state(
@@ -156,7 +159,7 @@ def load_state(
     "The state at the end of the last whole epoch; refuses one of another recipe or other photos."
     try: data = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e: raise AutohdrError(f"{path}: not a training state ({type(e).__name__}); delete it to start anew") from e
-    new, old = ({k: v for k, v in r.items() if k not in MAY_DIFFER} for r in (asdict(recipe), data["recipe"]))
+    new, old = ({k: v for k, v in r.items() if k not in MAY_DIFFER} for r in (asdict(recipe), asdict(Recipe()) | data["recipe"]))
     changed = [f"{k}: {old.get(k)!r} then, {new.get(k)!r} now" for k in new.keys() | old.keys() if old.get(k) != new.get(k)]
     if changed: raise AutohdrError(f"{path}: belongs to another recipe ({'; '.join(sorted(changed))}); use another run folder or delete it")
     if fingerprint != data["fingerprint"]: raise AutohdrError(f"{path}: the pairs have changed since this run began; use another run folder or delete it")
