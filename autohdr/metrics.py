@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['METRICS', 'check_pair', 'psnr_of_mse', 'l1', 'mse', 'psnr', 'check_bound', 'ssim_map', 'ssim', 'delta_e', 'ciede2000',
            'Metric', 'score', 'summarise', 'fit_gamma', 'apply_gamma', 'fit_polynomial', 'apply_polynomial',
-           'fit_baselines']
+           'fit_baselines', 'paired_interval']
 
-# %% ../nbs/02_metrics.ipynb #ac02c204
+# %% ../nbs/02_metrics.ipynb #0e5dbbe9
 import math
 from dataclasses import dataclass
 from typing import Callable
 
 import cv2, numpy as np, pandas as pd
 from scipy.optimize import minimize_scalar
+from scipy.stats import t as t_distribution
 from skimage.color import deltaE_ciede2000, rgb2lab
 
 from .core import AutohdrError
@@ -223,3 +224,16 @@ def fit_baselines(
     "The baselines that every model is reported beside."
     g, coefs = fit_gamma(befores, afters), fit_polynomial(befores, afters)
     return {"identity": lambda p: p, "gamma": lambda p: apply_gamma(p, g), "polynomial": lambda p: apply_polynomial(p, coefs)}
+
+# %% ../nbs/02_metrics.ipynb #71f7e618
+def paired_interval(
+    differences, # one per fold, in the score's unit; those that are not finite are left out
+    confidence: float = 0.95,
+) -> dict: # mean, sd (over folds), low and high (ends of the interval; nan for fewer than 2 folds), folds
+    "Mean difference over the folds of a cross-validation, with its spread and the interval in which the true one lies."
+    d = np.asarray(differences, float)
+    d = d[np.isfinite(d)]
+    k = len(d)
+    if k < 2: return dict(mean=float(d.mean()) if k else math.nan, sd=math.nan, low=math.nan, high=math.nan, folds=k)
+    reach = float(t_distribution.ppf(0.5 + confidence/2, k - 1)*d.std(ddof=1)*math.sqrt(1/k + 1/(k - 1)))
+    return dict(mean=float(d.mean()), sd=float(d.std(ddof=1)), low=float(d.mean()) - reach, high=float(d.mean()) + reach, folds=k)
