@@ -13,11 +13,11 @@ extras["dev"] = [r for e in cfg["dev_extras"].split() for r in extras[e]]
 
 
 class BuildWithNotebooks(build_py):
-    """A wheel carries the run notebooks and recipes too: without them `autohdr run` has nothing to run."""
+    """A wheel carries the run notebooks, recipes and studies too: without them `autohdr run` has nothing to run."""
 
     def run(self):
         super().run()
-        for source, pattern in (("nbs/experiments", "*.ipynb"), ("papermill_runs/recipes", "*.yaml")):
+        for source, pattern in (("nbs/experiments", "*.ipynb"), ("papermill_runs/recipes", "*.yaml"), ("papermill_runs/studies", "*.yaml")):
             for file in sorted(Path(source).glob(pattern)):
                 self.copy_file(str(file), str(self._target(source) / file.name))
 

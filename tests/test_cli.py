@@ -153,6 +153,7 @@ def test_installed_from_a_wheel_it_runs(tmp_path):
     assert code == 0 and status["state"] == "complete", err
     assert status["notebook"] == str(tmp_path / "site/autohdr/resources/experiments/train.ipynb")
     assert (tmp_path / "runs/demo/wheel/report.html").exists()
+    assert (tmp_path / "site/autohdr/resources/studies/cleaning.yaml").exists()
 
 
 def test_foreign_weights_become_a_checkpoint_that_edits(studio, tmp_path):

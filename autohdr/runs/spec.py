@@ -93,7 +93,7 @@ def parse_override(
     try: return p.name, yaml.safe_load(value)
     except yaml.YAMLError: raise AutohdrError(f"The value of '{text}' can't be read; lists are written [1, 2], text with special characters in quotes.") from None
 
-# %% ../../nbs/runs/00_spec.ipynb #449abc12
+# %% ../../nbs/runs/00_spec.ipynb #ee31a855
 def is_path(p: Parameter) -> bool:
     "Does the parameter take the path of a file or a folder?"
     return p.kind == "str" and re.search(r"\b(file|folder|path|checkpoint)s?\b", p.help, re.I) is not None
@@ -107,7 +107,8 @@ def resolve_path(
     if not is_path(p) or not value or value in (p.default, "samples") or value.startswith("published:"): return value
     path = Path(base, Path(value).expanduser()).absolute()
     if path.exists(): return str(path)
-    raise AutohdrError(f"Parameter '{p.name}': there is no file or folder {path}.")
+    there = sorted(f.name for f in path.parent.iterdir()) if path.parent.is_dir() else []
+    raise AutohdrError(f"Parameter '{p.name}': there is no file or folder {path}." + (f" In {path.parent} there are: {', '.join(there[:8])}." if there else ""))
 
 # %% ../../nbs/runs/00_spec.ipynb #3ee06a5f
 _KEYS = ("notebook", "study", "about", "parameters", "smoke")
