@@ -16,7 +16,7 @@ from skimage.exposure import match_histograms
 from ..core import AutohdrError
 from ..metrics import ssim_map
 
-# %% ../../nbs/data/03_alignment.ipynb #a00e6c6f
+# %% ../../nbs/data/03_alignment.ipynb #c5038ef2
 def luma(
     pixels, # H x W x 3 in [0,1]
 ) -> np.ndarray: # H x W float32 in [0,1]
@@ -31,7 +31,8 @@ def edges(
     "Directions of the edges, whatever the exposure."
     smooth = cv2.GaussianBlur(np.log(np.maximum(grey, 0) + np.float32(.05)), (0, 0), 1, borderType=cv2.BORDER_REPLICATE)
     gx, gy = (cv2.Sobel(smooth, cv2.CV_32F, dx, 1 - dx, scale=1/8, borderType=cv2.BORDER_REPLICATE) for dx in (1, 0))
-    length, side = cv2.magnitude(gx, gy), 2*int(reach*max(grey.shape)) + 1
+    length = np.sqrt(gx*gx + gy*gy) # cv2.magnitude's last bit depends on where in memory the picture lies
+    side = 2*int(reach*max(grey.shape)) + 1
     weight = 1/(length + cv2.blur(length, (side, side), borderType=cv2.BORDER_REFLECT) + np.float32(floor))
     return cv2.merge([gx*weight, gy*weight])
 
@@ -121,7 +122,7 @@ def _correlate(t, i):
     row, column = np.unravel_index(near.argmax(), near.shape)
     return np.array([column - x, row - y, 0, 0], float)
 
-# %% ../../nbs/data/03_alignment.ipynb #6a671267
+# %% ../../nbs/data/03_alignment.ipynb #270bc90e
 def _steepest(t):
     "4 x n: how the map of edge directions changes with x, y, a and b."
     h, w = t.shape[:2]
@@ -136,14 +137,16 @@ def _moved(i, p):
     warp = lambda v: cv2.warpAffine(v, _matrix(p, h, w), (w, h), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
     return warp(i), warp(np.ones((h, w), np.float32))[..., None]
 
+def _dot(a, b): return (a*b).sum(-1, dtype=np.float64) # BLAS would sum in an order that depends on where in memory the numbers lie
+
 def _refine(t, i, p, steps: int):
     "Improve the motion p between two maps until it moves no pixel by a hundredth."
     jacobian = _steepest(t)
-    solve = np.linalg.inv(jacobian @ jacobian.T + 1e-3*np.eye(4))
+    solve = np.linalg.inv([_dot(row, jacobian) for row in jacobian] + 1e-3*np.eye(4))
     radius = np.array([1, 1, max(t.shape)/2, max(t.shape)/2])
     for _ in range(steps):
         seen, inside = _moved(i, p)
-        step = solve @ (jacobian @ (seen - t*inside).ravel())
+        step = solve @ _dot(jacobian, (seen - t*inside).ravel())
         p = _after(p, _inverse(step))
         if np.abs(step*radius).max() < .01: break
     return p
