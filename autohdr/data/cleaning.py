@@ -6,8 +6,8 @@
 __all__ = ['CUT', 'SHRINK', 'STUDY', 'RULES', 'USUAL', 'TURNED', 'BENDS', 'FEWEST', 'LEAST', 'TITLES', 'WORDS', 'SHOWN',
            'STUDY_COUNTS', 'usual', 'Thresholds', 'make_thresholds', 'rule', 'verdict', 'brightness', 'shadows',
            'clipped_gamma', 'gamma', 'inverse_gamma', 'gamma_fit', 'blur', 'alignment', 'line', 'after_brightness',
-           'dark_slope', 'dark_bend', 'dark_end', 'faded', 'highlights', 'identical', 'strangeness', 'between',
-           'swapped', 'partners', 'wrong_partner', 'reach', 'fixed_limits', 'fit_limits', 'judge', 'reasons', 'explain',
+           'dark_slope', 'dark_bend', 'dark_end', 'faded', 'highlights', 'identical', 'strangeness', 'swapped',
+           'partners', 'wrong_partner', 'reach', 'fixed_limits', 'fit_limits', 'judge', 'reasons', 'explain',
            'overruled', 'own_words', 'make_manifest', 'outlier_table']
 
 # %% ../../nbs/data/06_cleaning.ipynb #c36ec4ac
@@ -40,7 +40,7 @@ def usual(
         if (middle, sd) == before: break
     return float(middle), float(sd)
 
-# %% ../../nbs/data/06_cleaning.ipynb #2ff4be3c
+# %% ../../nbs/data/06_cleaning.ipynb #a793c465
 @dataclass(frozen=True)
 class Thresholds:
     "What is too much. Those in sd count from the middle of what is usual in the data set."
@@ -57,10 +57,12 @@ class Thresholds:
     identical: float = .015       # least mean difference of before and after, of 1
     swapped: float = 1.5          # how many times more usual a pair must look the other way round
     wrong_partner: float = .22    # least trust with which the parts of one photo are found in the other, of 1
+    better_fit: float = .25       # by how much better the before of another pair may fit the after, of 1
     after_brightness: float = 3.5 # sd that the after's mean grey may lie off what the before's lets expect
     highlights: float = 4.        # sd that the after's highlights (95th percentile) may be darker than usual
     burnt: float = .2             # largest part of the photo that the edit may burn out, of 1
-    dark_end: float = 2.4         # sd that the dark end of the tone curve may be steeper than usual
+    dark_slope: float = 2.8       # sd that the tone curve may be steeper than usual from its dark end to its middle
+    dark_bend: float = 2.4        # sd that its dark end may be steeper than usual against its middle
     faded: float = 3.             # sd that the lift of the shadows may lie above the middle
     widen: bool = True            # wider limits where they come from few pairs
     rules: tuple = ()             # names of the rules in force; (): all of them
@@ -195,7 +197,7 @@ def identical(table, limits):
     "The after isn't the before once more."
     return verdict(table, "difference", *limits["identical"])
 
-# %% ../../nbs/data/06_cleaning.ipynb #5d039e6f
+# %% ../../nbs/data/06_cleaning.ipynb #eef6337d
 USUAL = 2.5 # sd, up to which a pair looks usual
 TURNED = ("brightness", "p5", "p50", "p95", "saturation") # measures whose sign turns with the pair
 
@@ -211,46 +213,42 @@ def strangeness(
         away.append((value.to_numpy(float) - middle)/max(sd, 1e-6))
     return np.sqrt(np.mean(np.square(np.clip(away, -10, 10)), 0)) if away else np.ones(len(table))
 
-def between(limits) -> float:
-    "The grey that lies between befores and afters, as many sd from the one as from the other."
-    (b, sb), (a, sa) = (limits["typical"][c] for c in ("grey_before", "grey_after"))
-    return (b*sa + a*sb)/max(sa + sb, 1e-6)
-
 @rule
 def swapped(table, limits):
     "Before is before and after is after."
     now, then = strangeness(table, limits), strangeness(table, limits, turned=True)
-    grey = between(limits) if limits["typical"] else math.inf
+    grey = (limits["typical"]["grey_before"][0] + limits["typical"]["grey_after"][0])/2 if limits["typical"] else math.inf
     likely = (then < USUAL) & (table["grey_before"] > grey).to_numpy() & (table["grey_after"] < grey).to_numpy()
     out = verdict(table, "swapped", -math.inf, np.where(likely, limits["swapped"][1], math.inf), now/np.maximum(then, .5))
     return out.assign(note=[f"is {a:.1f} sd from usual as it is, and {b:.1f} sd the other way round" if d else "" for a, b, d in zip(now, then, out["drop"])])
 
-# %% ../../nbs/data/06_cleaning.ipynb #b674b0bc
+# %% ../../nbs/data/06_cleaning.ipynb #845c7d26
 def partners(
     table, # with descriptors `look_before`, `look_after`: vectors of length 1
-    least: float = .5, # likeness from which on another before is named
-    more: float = .25, # and by how much more it must fit than the before it came with
-) -> list: # for each pair the name of the before that fits its after far better than its own, or ''
+    least: float = .5, # likeness from which on another before counts, of 1
+) -> tuple: # for each after: the name of the before that fits best where it isn't its own, else ''; by how much better it fits
     "Whose after is it?"
-    if not {"look_before", "look_after"} <= set(table) or table.empty: return [""]*len(table)
+    if not {"look_before", "look_after"} <= set(table) or table.empty: return [""]*len(table), np.zeros(len(table))
     before, after = (np.stack([np.asarray(v, np.float32) for v in table[c]]) for c in ("look_before", "look_after"))
     likeness = after @ before.T
     best, own = likeness.argmax(1), likeness.diagonal()
-    fits = (likeness.max(1) >= least) & (likeness.max(1) >= own + more)
-    return [str(table["name"].iloc[b]) if f else "" for b, f in zip(best, fits)]
+    better = np.where(likeness.max(1) >= least, likeness.max(1) - own, 0)
+    return [str(table["name"].iloc[b]) if d > 0 else "" for b, d in zip(best, better)], better.astype(float)
 
 @rule
 def wrong_partner(table, limits):
     "Before and after show the same."
-    out = verdict(table, "local_trust", *limits["wrong_partner"])
-    return out.assign(note=[f"fits the before of {p} far better" if p and d else "" for p, d in zip(partners(table), out["drop"])])
+    trust = verdict(table, "local_trust", *limits["wrong_partner"])
+    names, better = partners(table)
+    fit = verdict(table, "better_fit", *limits["better_fit"], better)
+    return pd.concat([trust, fit.assign(note=[f"is the before of {n} that fits" if d else "" for n, d in zip(names, fit["drop"])])])
 
 # %% ../../nbs/data/06_cleaning.ipynb #d92adfd9
 for _name in ("identical", "swapped", "wrong_partner", "alignment", "blur", "inverse_gamma", "gamma_fit", "gamma", "brightness", "after_brightness",
               "highlights", "shadows", "dark_end", "faded"):
     RULES[_name] = RULES.pop(_name)
 
-# %% ../../nbs/data/06_cleaning.ipynb #0c6e9883
+# %% ../../nbs/data/06_cleaning.ipynb #aa526a49
 BENDS = 8. # degrees, sd of the bend of the tone curves from which on it tells nothing
 FEWEST = 6 # pairs, from which on there is something usual
 LEAST = .01 # sd, at least: no edit is repeated to a hundredth
@@ -266,7 +264,7 @@ def fixed_limits(t: Thresholds) -> dict: # name to (low, high)
     "Limits that don't depend on the data."
     inf = math.inf
     return dict(inverse_gamma=(-inf, t.inverse_gamma), gamma_fit=(t.gamma_fit, inf), blur=(t.blur, inf), alignment=(t.alignment, inf), shift=(-inf, t.shift),
-                local_shift=(-inf, t.local_shift), identical=(t.identical, inf), wrong_partner=(t.wrong_partner, inf), burnt=(-inf, t.burnt))
+                local_shift=(-inf, t.local_shift), identical=(t.identical, inf), wrong_partner=(t.wrong_partner, inf), better_fit=(-inf, t.better_fit), burnt=(-inf, t.burnt))
 
 def fit_limits(
     table: pd.DataFrame, # of measures, a row per pair, from `autohdr.data.analysis.analyse`
@@ -287,7 +285,7 @@ def fit_limits(
         shadows=(max(around(sound["p5"], t.shadows, 0)[0], t.shadow_lift), inf), faded=around(sound["p5"], 0, t.faded),
         after_line=(slope, intercept), after_brightness=around(sound["grey_after"] - slope*sound["grey_before"] - intercept, t.after_brightness, t.after_brightness),
         highlights=around(sound["p95_after"], t.highlights, 0), lift=sum(usual(sound["p1_after"] - sound["p1_before"])) if enough else inf,
-        dark_slope=around(dark_slope(sound), 0, t.dark_end), dark_bend=around(dark_bend(sound), 0, t.dark_end) if usual(dark_bend(sound))[1] < BENDS else (-inf, inf),
+        dark_slope=around(dark_slope(sound), 0, t.dark_slope), dark_bend=around(dark_bend(sound), 0, t.dark_bend) if usual(dark_bend(sound))[1] < BENDS else (-inf, inf),
         typical={m: usual(sound[m]) for m in (*TURNED, "grey_before", "grey_after")} if enough else {}, swapped=(-inf, t.swapped))
     return limits | data | dict(thresholds=asdict(t), pairs=len(table), sound=len(sound))
 
@@ -308,13 +306,13 @@ def reasons(
     against = verdicts[verdicts["drop"]].drop_duplicates(["name", "rule"]).groupby("name")["rule"].agg("; ".join)
     return against.reindex(verdicts["name"].unique(), fill_value="")
 
-# %% ../../nbs/data/06_cleaning.ipynb #58f8bc3a
+# %% ../../nbs/data/06_cleaning.ipynb #883cb4db
 TITLES = dict(identical="Not edited", swapped="Swapped", wrong_partner="Wrong partner", alignment="Poor alignment", blur="Blurred", inverse_gamma="Inverse gamma",
               gamma_fit="Inconsistent gamma", gamma="Unusual gamma", brightness="Unusual brightness", after_brightness="Wrong exposure", highlights="Wrong highlights",
               shadows="Shadow darkening", dark_end="Crushed shadows", faded="Faded shadows")
 WORDS = dict( # measure to (what it is, decimals)
     difference=("the mean difference between before and after", 3), swapped=("how many times more usual the pair looks the other way round", 1),
-    local_trust=("the trust with which parts of the before are found in the after", 2), agreement=("the structural agreement of before and after", 2),
+    local_trust=("the trust with which parts of the before are found in the after", 2), better_fit=("by how much better the before of another pair fits the after", 2), agreement=("the structural agreement of before and after", 2),
     shift_512=("the shift of the after, in pixels at 512 px,", 1), local_shift=("the shift of parts of the photo, in pixels at 512 px,", 1),
     sharpness_before=("the sharpness of the before (variance of the Laplacian)", 0), gamma=("the gamma slope", 2), gamma_r2=("R² of the gamma fit", 2),
     brightness=("the difference in brightness", 2), grey_after=("the mean grey of the after", 2), p95_after=("the brightness of the after's highlights (95th percentile)", 2),
@@ -348,7 +346,7 @@ def own_words(dropped) -> str:
     words = [w.strip() for w in dropped.split(";")] if isinstance(dropped, str) else []
     return "; ".join(w for w in words if w and w not in RULES and w != "unmeasured")
 
-# %% ../../nbs/data/06_cleaning.ipynb #ed9f1c49
+# %% ../../nbs/data/06_cleaning.ipynb #a142ac91
 def make_manifest(
     pairs: pd.DataFrame, # the table of pairs; columns of an earlier manifest are replaced
     table: pd.DataFrame, # their measures; pairs that are missing here could not be measured
@@ -362,8 +360,9 @@ def make_manifest(
     out = pairs.drop(columns=[c for c in ("reasons", "dropped", "fits", *SHOWN) if c in pairs])
     out["reasons"] = [why.get(n, "unmeasured") for n in pairs["name"]]
     out["dropped"] = ["" if n in keep else "; ".join(filter(None, [r, own_words(w)])) for n, r, w in zip(pairs["name"], out["reasons"], written)]
-    fits = dict(zip(table["name"], partners(table)))
-    out["fits"] = [fits.get(n, "") if "wrong_partner" in r.split("; ") else "" for n, r in zip(pairs["name"], out["reasons"])]
+    whose = verdicts[verdicts["drop"] & (verdicts["measure"] == "better_fit")]["name"]
+    fits = {n: f for n, f in zip(table["name"], partners(table)[0]) if n in set(whose)}
+    out["fits"] = [fits.get(n, "") for n in pairs["name"]]
     return out.merge(table[["name", *SHOWN]], on="name", how="left", validate="one_to_one")
 
 # %% ../../nbs/data/06_cleaning.ipynb #88f4f438
