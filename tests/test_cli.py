@@ -62,14 +62,14 @@ def test_help_is_quick(tmp_path):
     code = "import sys, autohdr.cli; sys.exit(any(m in sys.modules for m in ('torch', 'pandas', 'cv2', 'papermill')))"
     assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path).returncode == 0, "nothing heavy is imported before a command needs it"
     code, out, err = autohdr("--help", cwd=tmp_path)
-    assert code == 0 and all(c in out for c in ("demo", "run", "enhance", "evaluate", "models", "pairs", "report"))
+    assert code == 0 and all(c in out for c in ("analyse", "demo", "run", "enhance", "evaluate", "models", "pairs", "report"))
 
 
 @pytest.mark.parametrize("args, exit_code, words", [
     (["enhnace"], 2, "enhnace"), (["enhance", "a.jpg"], 2, "--model"), (["enhance", "a.jpg", "--model", "m", "--out", "o", "--quality", "200"], 2, "--quality"),
     (["run", "hdrnte_512"], 1, "Did you mean 'hdrnet_512'"), (["run", "hdrnet_512", "-p", "epcohs=3"], 1, "Did you mean 'epochs'"),
     (["run", "hdrnet_512", "-p", "model=restromer"], 1, "Did you mean 'restormer'"), (["run", "hdrnet_512", "-p", "epochs=0"], 1, "epochs is 0"),
-    (["report", "nowhere"], 1, "nowhere"), (["enhance", "a.jpg", "--model", "m", "--out", "o"], 1, "a.jpg"), (["pairs", "nowhere", "--out", "p.csv"], 1, "nowhere"),
+    (["report", "nowhere"], 1, "nowhere"), (["enhance", "a.jpg", "--model", "m", "--out", "o"], 1, "a.jpg"), (["pairs", "nowhere", "--out", "p.csv"], 1, "nowhere"), (["analyse", "no/where", "--out", "a"], 1, "no/where"),
     (["evaluate", "--pred", "nowhere", "--target", "nowhere"], 1, "nowhere")])
 def test_mistakes_are_explained(tmp_path, monkeypatch, capsys, args, exit_code, words):
     monkeypatch.chdir(tmp_path)

@@ -150,7 +150,7 @@ def parts(
     sure = trust > .1
     return dict(local_shift=float(np.percentile(length[sure], 90)) if sure.sum() > 2 else float("nan"), local_trust=float(np.median(trust)) if found else float("nan"))
 
-# %% ../../nbs/data/05_analysis.ipynb #f2dbb4d2
+# %% ../../nbs/data/05_analysis.ipynb #c42ad960
 def _fit_of(before, after, g, h, size):
     "How well the two lie on each other."
     motion = align(g, h)
@@ -173,7 +173,7 @@ def measure_pair(
     for side, v, grey in (("before", before, g), ("after", after, h)):
         names = ("cast", "a", "b", "highlights", "shadows", "sharpness", "look")
         out |= dict(zip([f"{n}_{side}" for n in names], (*cast(v, grey), *clipped(v), sharpness(grey), look(grey))))
-    out["window"] = float((find_windows(before) if window is None else window).mean())
+    out["window_share"] = float((find_windows(before) if window is None else window).mean())
     return out | slopes(g, h) | parts(g, h) | _fit_of(before, after, g, h, size or g.shape) | tone_curve(g, h)
 
 # %% ../../nbs/data/05_analysis.ipynb #bfee0972
@@ -198,7 +198,7 @@ MEASURES = dict(
     p95=Measure("Highlights", "points", f"95th percentile {_GREY}, after minus before.", .254, .233),
     saturation=Measure("Saturation", "points", "Mean HSV saturation, after minus before.", -.13, -.155))
 
-# %% ../../nbs/data/05_analysis.ipynb #62abc381
+# %% ../../nbs/data/05_analysis.ipynb #63060e11
 def _both(name, label, unit, what):
     return {f"{name}_{side}": Measure(f"{label} {side}", unit, f"{what}, {side} the edit.") for side in ("before", "after")}
 
@@ -211,12 +211,17 @@ MEASURES |= dict(gamma_r2=Measure("R² of gamma", "", "How much of the change in
     **_both("highlights", "Clipped highlights", "share", "Pixels with a channel at 0.98 or more"),
     **_both("shadows", "Clipped shadows", "share", "Pixels with all channels at 0.02 or less"),
     **_both("sharpness", "Sharpness", "", "Variance of the Laplacian of grey, 8-bit scale, at 512 px"),
-    window=Measure("Windows", "share", "Part of the photo that is window: by the table's mask, else found in the before photo."),
+    window_share=Measure("Windows", "share", "Part of the photo that is window: by the table's mask, else found in the before photo."),
     shift=Measure("Shift", "px", f"Length of the shift {_FIT}, in pixels of the full-size photo."),
     rotation=Measure("Rotation", "degrees", f"Rotation {_FIT}, clockwise."), scale=Measure("Scale", "", f"Scale {_FIT}; above 1: the after is larger."),
     trust=Measure("Trust in the alignment", "", "Correlation of the edges of before and after once they are aligned; below 0.5 perhaps another scene."),
     agreement=Measure("Agreement", "SSIM", "Structural similarity of the grey pictures after matching their histograms."),
     agreement_aligned=Measure("Agreement, aligned", "SSIM", "The same once shift, rotation and scale are undone."),
+    shift_512=Measure("Shift at 512", "px", f"Length of the shift {_FIT}, in pixels at a long side of 512."),
+    local_shift=Measure("Shift of parts", "px", "90th percentile of the shifts of parts of the photo, each for itself, at 512 px."),
+    local_trust=Measure("Trust in the parts", "", "Median height of the correlation peaks of those parts; near 0: another scene."),
+    slope_dark=Measure("Slope of the dark end", "", "Slope of the tone curve on logarithmic scales from the darkest 2% to 10-20% of the before photo."),
+    slope_mid=Measure("Slope of the middle", "", "The same from 10-20% to 70-90%."),
     difference=Measure("Difference", "points", "Mean absolute difference of before and after, all channels."))
 REAL = {name: m.real for name, m in MEASURES.items() if m.real is not None} # means over 15 real pairs
 
