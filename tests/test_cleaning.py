@@ -61,7 +61,8 @@ def sweep(photos, some):
         rows += [spoilt(photos, i, kind, s) for s in SHIPPED[kind] for i in range(0, len(photos), 3 if len(photos) > 20 else 1)]
         if kind not in WHOLE:
             rows += [spoilt(photos, i, kind, s) for s in OTHERS if s not in SHIPPED[kind] for i in some]
-    return pd.DataFrame(rows)
+    # Here one photo is in many pairs, so whose before fits best says nothing; that is tested with other pairs below.
+    return pd.DataFrame(rows).drop(columns=["look_before", "look_after"])
 
 
 def drawn(table, seed, share=0.2):
@@ -206,13 +207,12 @@ def test_impossible_measures_are_judged(labelled):
 
 @pytest.mark.skipif(not has_mitsuba(), reason="needs the extra `scenes` (Mitsuba)")
 def test_true_parallax_is_found():
-    """Rendered from a camera that was really moved; and the same rooms with the camera left alone."""
-    for seed, view in ((14, 2), (21, 3)):
-        shots = [render_room(seed, view, 256, False, 4, shift=s) for s in (0.0, 0.1)]
-        pairs = [develop(shots[0]), develop(*shots, "parallax", 0.3)]
-        table = pd.DataFrame([measure_pair(*map(as_file, p)) | dict(name=n) for p, n in zip(pairs, ("good", "moved"))])
-        v = judge(table, fit_limits(table)).query("rule == 'alignment'")
-        assert v[v.name == "moved"]["drop"].any() and not v[v.name == "good"]["drop"].any(), (seed, view, v)
+    """A room rendered from a camera that was really moved; and the same room with the camera left alone."""
+    shots = [render_room(14, 2, 256, False, 4, shift=s) for s in (0.0, 0.1)]
+    pairs = [develop(shots[0]), develop(*shots, "parallax", 0.3)]
+    table = pd.DataFrame([measured(*map(as_file, p)) | dict(name=n) for p, n in zip(pairs, ("good", "moved"))])
+    v = judge(table, fit_limits(table)).query("rule == 'alignment'")
+    assert v[v.name == "moved"]["drop"].any() and not v[v.name == "good"]["drop"].any(), v
 
 
 @pytest.fixture(scope="module")
