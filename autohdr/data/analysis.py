@@ -24,7 +24,7 @@ from .alignment import Motion, agreement, align, distance, edges, luma
 from .windows import brightest, find_windows
 from ..photo import read_photo, read_size, resize
 
-# %% ../../nbs/data/05_analysis.ipynb #ad2ff3ad
+# %% ../../nbs/data/05_analysis.ipynb #7bf63d45
 SIDE = 512 # long side at which photos are measured, px
 LEVELS = (1, 5, 50, 95) # percentiles of grey
 
@@ -49,9 +49,9 @@ def gamma(
     "Slope of log(after) on log(before) by least squares, and its R²."
     use = (g > low) & (g < high) & (h > low) & (h < high)
     if use.sum() < 100: return dict(gamma=float("nan"), gamma_r2=float("nan"))
-    x, y = np.log(g[use], dtype=np.float64), np.log(h[use], dtype=np.float64)
+    x, y = (np.log(v[use]).astype(np.float64) for v in (g, h))
     x, y = x - x.mean(), y - y.mean()
-    xx, xy, yy = x @ x, x @ y, y @ y
+    xx, xy, yy = (x*x).sum(), (x*y).sum(), (y*y).sum() # not BLAS: its sums depend on the number of threads
     return dict(gamma=_ratio(xy, xx), gamma_r2=_ratio(xy*xy, xx*yy))
 
 # %% ../../nbs/data/05_analysis.ipynb #02ff4382
@@ -76,7 +76,7 @@ def tone_curve(
         if known.any(): c[known] = isotonic_regression(c[known], weights=counts.sum(1)[known]).x
     return dict(zip(("curve", "curve_low", "curve_high"), curves.tolist()))
 
-# %% ../../nbs/data/05_analysis.ipynb #0edb9f1b
+# %% ../../nbs/data/05_analysis.ipynb #42a6f2bc
 def saturation(
     pixels, # h x w x 3 in [0,1]
 ) -> float:
@@ -89,11 +89,13 @@ def cast(
     grey, # its luma, h x w
 ) -> tuple: # (length, a*, b*); nan where there are no mid-tones
     "Colour of what should be grey: the less coloured half of the mid-tones in CIELAB (D65)."
-    lab = cv2.cvtColor(np.ascontiguousarray(pixels, np.float32), cv2.COLOR_RGB2LAB)[(grey > .1) & (grey < .9)][:, 1:]
-    if len(lab) < 100: return (float("nan"),)*3
-    chroma = np.hypot(*lab.T)
-    a, b = lab[chroma <= np.median(chroma)].mean(0, dtype=np.float64)
-    return float(np.hypot(a, b)), float(a), float(b)
+    lab, middle = cv2.cvtColor(np.ascontiguousarray(pixels, np.float32), cv2.COLOR_RGB2LAB), (grey > .1) & (grey < .9)
+    a, b = lab[..., 1][middle], lab[..., 2][middle]
+    if len(a) < 100: return (float("nan"),)*3
+    chroma = a*a + b*b
+    plain = chroma <= np.median(chroma)
+    a, b = (float(v[plain].mean(dtype=np.float64)) for v in (a, b))
+    return float(np.hypot(a, b)), a, b
 
 # %% ../../nbs/data/05_analysis.ipynb #05b36bce
 def clipped(pixels) -> tuple: # h x w x 3 in [0,1] -> shares (highlights, shadows)
