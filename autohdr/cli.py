@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'main', 'run', 'report', 'enhance', 'evaluate', 'models', 'weights', 'pairs', 'scenes', 'analyse', 'clean',
-           'demo']
+           'merge', 'demo']
 
 # %% ../nbs/07_cli.ipynb #3495bf43
 import os, sys
@@ -216,6 +216,37 @@ def clean(
     problems = pd.read_csv(run_dir/"problems.csv", keep_default_na=False)
     for row in problems.itertuples(): print(f"{row.name}: {row.reason}")
     print(f"Manifest: {out}\nReport:   {run_dir/'report.html'}")
+    if strict and len(problems): raise typer.Exit(1)
+
+# %% ../nbs/07_cli.ipynb #1453d84e
+@app.command()
+def merge(
+    source: Annotated[Path, typer.Argument(metavar="FOLDER", help="Bracketed frames, searched with sub-folders; they are only read.")],
+    out: Annotated[Path, typer.Option(help="Folder for the merged photos, outside FOLDER; the report goes into its sub-folder report.")],
+    method: Annotated[str, typer.Option(help="fusion or radiance.")] = "fusion",
+    format: Annotated[Optional[str], typer.Option(help="jpg, png, tif or webp; as the middle frame if left out.")] = None,
+    pairs: Annotated[Optional[Path], typer.Option(help="Write a table of pairs with the merged photos, a CSV.")] = None,
+    role: Annotated[str, typer.Option(help="Of the merged photos in that table: after (the middle exposure is the before) or before (the studio's edit is the after).")] = "after",
+    edits: Annotated[Optional[Path], typer.Option(help="Folder with the studio's edits, for --role before.")] = None,
+    parameter: Annotated[list[str], typer.Option("-p", "--parameter", metavar="KEY=VALUE", help="A parameter of the notebook, such as gap=60.")] = [],
+    strict: Annotated[bool, typer.Option(help="Exit code 1 if anything has a problem.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace merged photos, the report and the table.")] = False,
+):
+    "Merge bracketed exposures. A bracket that fails doesn't stop the rest."
+    import pandas as pd
+    from autohdr.data.brackets import check_places
+    from autohdr.runs.execute import run as execute
+    from autohdr.runs.spec import make_spec
+    from autohdr.runs.status import read_status
+    check_places(source, out)
+    if pairs and pairs.exists() and not overwrite: raise AutohdrError(f"{pairs} exists: give another name, or say --overwrite.")
+    given = dict(folder=source, out=out.absolute(), method=method, format=format or "", pairs=pairs.absolute() if pairs else "", role=role, edits=edits or "", overwrite=str(overwrite).lower())
+    run_dir = out/"report"
+    unfinished = (run_dir/"status.json").exists() and read_status(run_dir)["state"] != "complete"
+    execute(make_spec("merge", [f"{k}={v}" for k, v in given.items()] + parameter), folder=run_dir, overwrite=overwrite or unfinished)
+    problems = pd.read_csv(run_dir/"problems.csv", keep_default_na=False).problem
+    for line in problems: print(line)
+    print(f"Merged photos: {out}\nReport:        {run_dir/'report.html'}" + (f"\nPairs:         {pairs}" if pairs else ""))
     if strict and len(problems): raise typer.Exit(1)
 
 # %% ../nbs/07_cli.ipynb #2528b255
