@@ -172,7 +172,22 @@ def scenes(
     table = write_rooms(n, out, long_side, seed, spp)
     print(f"{len(table)} pairs of {table.property.nunique()} houses in {time.monotonic() - start:.0f} s; table: {out/'pairs.csv'}")
 
-# %% ../nbs/07_cli.ipynb #7118a873
+# %% ../nbs/07_cli.ipynb #0e173a40
+def _execute_into(recipe, given, folder, name, overwrite):
+    "Run a recipe into a folder; what was killed or failed there is done anew without being asked."
+    import re
+    from autohdr.runs.execute import run as execute
+    from autohdr.runs.spec import make_spec
+    from autohdr.runs.status import read_status
+    unfinished = (folder/"status.json").exists() and read_status(folder)["state"] != "complete"
+    spec = make_spec(recipe, given, re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-") or None)
+    return execute(spec, folder=folder, overwrite=overwrite or unfinished)
+
+def _problems(run_dir):
+    "What a run lists as problems."
+    import pandas as pd
+    return pd.read_csv(run_dir/"problems.csv", keep_default_na=False, dtype=str)
+
 @app.command()
 def analyse(
     source: Annotated[str, typer.Argument(metavar="PAIRS", help="A folder of before/after photos, a CSV, or 'samples'.")],
@@ -183,17 +198,13 @@ def analyse(
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier analysis in this folder.")] = False,
 ):
     "Measure what the edits of a set of pairs do; makes a report, a table and dataset_analysis.json."
-    import pandas as pd
-    from autohdr.runs.execute import run as execute
-    from autohdr.runs.spec import make_spec
-    spec = make_spec("analyse", [f"pairs={source}", f"property_from={property_from or ''}", f"workers={workers}"])
-    run_dir = execute(spec, folder=out, overwrite=overwrite)
-    problems = pd.read_csv(run_dir/"problems.csv", keep_default_na=False)
+    run_dir = _execute_into("analyse", [f"pairs={source}", f"property_from={property_from or ''}", f"workers={workers}"], out, out.absolute().name, overwrite)
+    problems = _problems(run_dir)
     for row in problems.itertuples(): print(f"{row.name}: {row.reason}")
     print(f"Report:  {run_dir/'report.html'}\nTable:   {run_dir/'analysis.csv'}\nSummary: {run_dir/'dataset_analysis.json'}")
     if strict and len(problems): raise typer.Exit(1)
 
-# %% ../nbs/07_cli.ipynb #c10cfe14
+# %% ../nbs/07_cli.ipynb #f88f2e96
 @app.command()
 def clean(
     source: Annotated[str, typer.Argument(metavar="PAIRS", help="A folder of before/after photos, a CSV (an earlier manifest, too), or 'samples', faulty ones included.")],
@@ -204,21 +215,16 @@ def clean(
     overwrite: Annotated[bool, typer.Option(help="Replace a manifest; what a person has changed in it is kept.")] = False,
 ):
     "Find pairs that would teach the wrong thing, say why, and write a manifest for training. Nothing is deleted or moved."
-    import json, re
-    import pandas as pd
-    from autohdr.runs.execute import run as execute
-    from autohdr.runs.spec import make_spec
+    import json
     if out.suffix.lower() != ".csv": raise AutohdrError(f"--out is {out}; expected a name that ends in .csv")
     if out.exists() and not overwrite: raise AutohdrError(f"{out} exists: give another name, or say --overwrite; what a person has changed in it is kept then.")
-    name = re.sub(r"[^A-Za-z0-9]+", "-", out.stem).strip("-") or None
-    spec = make_spec("clean", [f"pairs={source}", f"out={out.absolute()}", f"keep={json.dumps(keep)}", *parameter], name)
-    run_dir = execute(spec, folder=out.with_suffix(""), overwrite=overwrite)
-    problems = pd.read_csv(run_dir/"problems.csv", keep_default_na=False)
+    run_dir = _execute_into("clean", [f"pairs={source}", f"out={out.absolute()}", f"keep={json.dumps(keep)}", *parameter], out.with_suffix(""), out.stem, overwrite)
+    problems = _problems(run_dir)
     for row in problems.itertuples(): print(f"{row.name}: {row.reason}")
     print(f"Manifest: {out}\nReport:   {run_dir/'report.html'}")
     if strict and len(problems): raise typer.Exit(1)
 
-# %% ../nbs/07_cli.ipynb #1453d84e
+# %% ../nbs/07_cli.ipynb #e21ba78e
 @app.command()
 def merge(
     source: Annotated[Path, typer.Argument(metavar="FOLDER", help="Bracketed frames, searched with sub-folders; they are only read.")],
@@ -233,18 +239,12 @@ def merge(
     overwrite: Annotated[bool, typer.Option(help="Replace merged photos, the report and the table.")] = False,
 ):
     "Merge bracketed exposures. A bracket that fails doesn't stop the rest."
-    import pandas as pd
     from autohdr.data.brackets import check_places
-    from autohdr.runs.execute import run as execute
-    from autohdr.runs.spec import make_spec
-    from autohdr.runs.status import read_status
     check_places(source, out)
     if pairs and pairs.exists() and not overwrite: raise AutohdrError(f"{pairs} exists: give another name, or say --overwrite.")
     given = dict(folder=source, out=out.absolute(), method=method, format=format or "", pairs=pairs.absolute() if pairs else "", role=role, edits=edits or "", overwrite=str(overwrite).lower())
-    run_dir = out/"report"
-    unfinished = (run_dir/"status.json").exists() and read_status(run_dir)["state"] != "complete"
-    execute(make_spec("merge", [f"{k}={v}" for k, v in given.items()] + parameter), folder=run_dir, overwrite=overwrite or unfinished)
-    problems = pd.read_csv(run_dir/"problems.csv", keep_default_na=False).problem
+    run_dir = _execute_into("merge", [f"{k}={v}" for k, v in given.items()] + parameter, out/"report", out.absolute().name, overwrite)
+    problems = _problems(run_dir).problem
     for line in problems: print(line)
     print(f"Merged photos: {out}\nReport:        {run_dir/'report.html'}" + (f"\nPairs:         {pairs}" if pairs else ""))
     if strict and len(problems): raise typer.Exit(1)

@@ -151,7 +151,7 @@ def _refine(t, i, p, steps: int):
         if np.abs(step*radius).max() < .01: break
     return p
 
-# %% ../../nbs/data/03_alignment.ipynb #767084a9
+# %% ../../nbs/data/03_alignment.ipynb #cad1fedd
 def _correlation(t, i, p) -> float:
     "Correlation of two maps of edge directions when the second is laid on the first; at least 0."
     seen, inside = _moved(i, p)
@@ -163,8 +163,6 @@ def _levels(side: int, longest: int) -> list:
     top, out = min(side, longest), []
     while top > 90: out, top = [top, *out], top//2
     return [top, *out]
-
-assert _levels(512, 3297) == [64, 128, 256, 512] and _levels(512, 60) == [60] and _levels(512, 200) == [50, 100, 200]
 
 # %% ../../nbs/data/03_alignment.ipynb #4afeca39
 def _scaled(p, k): return p*np.array([k, k, 1, 1])
