@@ -9,7 +9,7 @@ import pytest
 
 from autohdr.core import AutohdrError
 from autohdr.data.analysis import analyse, measure_pair
-from autohdr.data.cleaning import RULES, STUDY, Thresholds, fit_limits, judge, make_manifest, outlier_table, reasons, usual
+from autohdr.data.cleaning import RULES, STUDY, Thresholds, explain, fit_limits, judge, make_manifest, make_thresholds, outlier_table, reasons, usual
 from autohdr.data.pairs import read_pairs, save_pairs, scan_pairs
 from autohdr.data.samples import FAULTS, apply_fault, develop, sample_pairs
 from autohdr.data.scenes import has_mitsuba, render_room
@@ -309,3 +309,66 @@ def test_what_cannot_be_kept_or_known_is_refused(labelled):
     pairs, table = labelled
     with pytest.raises(AutohdrError, match="Unknown pair to keep"):
         make_manifest(pairs, table, judge(table, fit_limits(table)), keep=["kitchen"])
+    for wrong in (dict(brightness=-3), dict(gamma_fit=7), dict(widen="no"), dict(rules="blur"), dict(rules=["blurr"]), dict(blurr=3), dict(blur=True)):
+        with pytest.raises(AutohdrError, match=str(next(iter(wrong.values()))) if "blurr" not in wrong else "blurr"):
+            make_thresholds(wrong)
+
+
+def test_what_a_person_wrote_is_kept(labelled):
+    pairs, table = labelled
+    verdicts = judge(table, fit_limits(table))
+    first = make_manifest(pairs, table, verdicts)
+    fine, bad = first.name[first.reasons == ""].iloc[:3].tolist(), first.name[first.reasons != ""].iloc[0]
+    edited = first.set_index("name", drop=False)
+    edited.loc[fine[0], "dropped"], edited.loc[fine[1], "dropped"], edited.loc[bad, "dropped"] = "blur", "ugly sofa", ""  # blur is a rule's name, and a person's word here
+    again = make_manifest(edited.reset_index(drop=True), table, verdicts).set_index("name")
+    assert again.dropped[fine[0]] == "blur" and again.dropped[fine[1]] == "ugly sofa" and again.dropped[bad] == "" and again.reasons[bad]
+    noted = pairs.assign(reasons="a lovely room", dropped="")
+    assert (make_manifest(noted, table, verdicts).set_index("name").dropped == first.set_index("name").dropped).all(), "a note overrules nothing"
+
+
+def test_words_never_contradict_the_verdict():
+    near = dict(gamma_r2=(0.4991, 0.5, np.inf), sharpness_before=(49.7, 50, np.inf), shift_512=(1.52, -np.inf, 1.5), gamma=(1.003, -np.inf, 1.0), p5=(-0.0003, 0, np.inf))
+    for measure, (value, low, high) in near.items():
+        text = explain(dict(rule="blur", measure=measure, value=value, low=low, high=high, note=""))
+        value, limit = text.split(" is ")[1].split("; expected at ")
+        assert value != limit.split(" ")[1].rstrip("."), text
+
+
+def test_nothing_that_can_be_measured(tmp_path, monkeypatch):
+    """Photos too small or too narrow: all are listed, none is used, and the report stands. The folder for what has been measured cannot be written, either."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("AUTOHDR_CACHE", str(tmp_path / "file" / "cache"))
+    for i, (height, width) in enumerate([(8, 8), (40, 3000), (16, 3000)]):
+        for side, level in (("before", 0.3), ("after", 0.5)):
+            write_photo(tmp_path / "pairs" / side / f"{i}.png", np.full((height, width, 3), level, np.float32) + np.linspace(0, 0.1, width, dtype=np.float32)[None, :, None] * (i + 1))
+    code, out, err = command("clean", tmp_path / "pairs", "--out", tmp_path / "m.csv")
+    assert code == 0 and "3000 x 40 pixels" in out, out + err
+    assert (read_pairs(tmp_path / "m.csv").dropped == "unmeasured").all() and (tmp_path / "m" / "report.html").exists()
+
+
+def test_measures_do_not_need_a_cache(tmp_path, monkeypatch):
+    pairs = sample_pairs()[:1]
+    monkeypatch.setenv("AUTOHDR_CACHE", str(tmp_path / "cache"))
+    kept = analyse(pairs)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("AUTOHDR_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.warns(UserWarning, match="AUTOHDR_CACHE"):
+        again = analyse(pairs)
+    assert (again.error == "").all() and again.to_json(double_precision=15) == kept.to_json(double_precision=15)
+
+
+def test_without_edges_nothing_is_found():
+    flat = [np.full((256, 384, 3), v, np.float32) for v in (0.2, 0.6)]
+    found = measured(*flat)
+    assert np.isnan(found["shift_512"]) and np.isnan(found["rotation"]) and not np.any(found["look_before"])
+    table = pd.DataFrame([dict(name=n, **found) for n in "ab"])
+    assert not judge(table, fit_limits(table)).query("measure == 'better_fit'")["drop"].any(), "no partner is invented"
+
+
+def test_parts_are_measured_at_one_size():
+    row = sample_pairs().iloc[0]
+    before, after = (read_photo(row[side]).pixels for side in ("before", "after"))
+    moved = cv2.warpAffine(after, np.float64([[1, 0, 3], [0, 1, 0]]), after.shape[1::-1], borderMode=cv2.BORDER_REFLECT)
+    small = [cv2.resize(v, None, fx=0.6, fy=0.6, interpolation=cv2.INTER_AREA) for v in (before, moved)]
+    assert abs(measured(before, moved)["local_shift"] - 3) < 0.3 and abs(measured(*small)["local_shift"] - 3) < 0.4

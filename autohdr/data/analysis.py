@@ -7,8 +7,8 @@ __all__ = ['SIDE', 'LEVELS', 'INPUTS', 'MEASURES', 'REAL', 'tone', 'gamma', 'ton
            'sharpness', 'look', 'slopes', 'parts', 'measure_pair', 'Measure', 'measure_files', 'analyse',
            'overall_curve', 'by_property', 'summary']
 
-# %% ../../nbs/data/05_analysis.ipynb #30fc0b20
-import hashlib, json
+# %% ../../nbs/data/05_analysis.ipynb #c8bf872b
+import hashlib, json, warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -109,13 +109,14 @@ def sharpness(
     "Variance of the Laplacian, 8-bit scale."
     return float(cv2.Laplacian(np.float32(grey)*255, cv2.CV_32F).var(dtype=np.float64))
 
-# %% ../../nbs/data/05_analysis.ipynb #1dcf912a
+# %% ../../nbs/data/05_analysis.ipynb #6968a308
 def look(
     grey, # h x w in [0,1]
-) -> np.ndarray: # 1536 numbers, length 1; the scalar product of two is their correlation
+) -> np.ndarray: # 1536 numbers, length 1 (0 where there are no edges); the scalar product of two is their correlation
     "Directions of the edges of a photo at 32 x 24."
     e = edges(cv2.resize(grey, (32, 24), interpolation=cv2.INTER_AREA)).ravel()
-    return (e/max(float(np.linalg.norm(e)), 1e-6)).round(4)
+    length = float(np.linalg.norm(e))
+    return (e/length).round(4) if length > .01 else np.zeros_like(e) # a photo without edges is like no other
 
 # %% ../../nbs/data/05_analysis.ipynb #61635fa3
 def slopes(
@@ -130,7 +131,7 @@ def slopes(
     (x0, y0), (x1, y1), (x2, y2) = points
     return dict(slope_dark=float((y1 - y0)/(x1 - x0 + 1e-3)), slope_mid=float((y2 - y1)/(x2 - x1 + 1e-3)))
 
-# %% ../../nbs/data/05_analysis.ipynb #2d93c186
+# %% ../../nbs/data/05_analysis.ipynb #91074abe
 def _whitened(grey):
     "Logarithm of the brightness, less its surroundings', by their contrast: alike before and after an edit."
     log = np.log(np.maximum(grey, 0).astype(np.float32) + np.float32(.02))
@@ -140,7 +141,7 @@ def _whitened(grey):
 def parts(
     g, h, # grey before and after, h x w in [0,1], long side SIDE
     side: int = 96, step: int = 64, # of the squares and between them, px
-) -> dict: # local_shift in px, nan where fewer than three parts were found again; local_trust, nan for photos smaller than a part
+) -> dict: # local_shift in px at SIDE, nan where fewer than three parts were found again; local_trust, nan for photos smaller than a part
     "How far parts of the photo have moved, each for itself, and how surely they are found in the other."
     b, a = _whitened(g), _whitened(h)
     window, found = cv2.createHanningWindow((side, side), cv2.CV_32F), []
@@ -148,19 +149,21 @@ def parts(
         for x in range(0, g.shape[1] - side + 1, step):
             cut = np.s_[y:y + side, x:x + side]
             found.append(cv2.phaseCorrelate(np.ascontiguousarray(b[cut]), np.ascontiguousarray(a[cut]), window))
-    length, trust = np.array([np.hypot(*shift) for shift, _ in found]), np.array([peak for _, peak in found])
+    length, trust = np.array([np.hypot(*shift)*SIDE/max(g.shape) for shift, _ in found]), np.array([peak for _, peak in found])
     sure = trust > .1
     return dict(local_shift=float(np.percentile(length[sure], 90)) if sure.sum() > 2 else float("nan"), local_trust=float(np.median(trust)) if found else float("nan"))
 
-# %% ../../nbs/data/05_analysis.ipynb #c42ad960
+# %% ../../nbs/data/05_analysis.ipynb #291c5e66
 def _fit_of(before, after, g, h, size):
     "How well the two lie on each other."
     motion = align(g, h)
     full, still = motion.at(*size), Motion(height=motion.height, width=motion.width)
     as_is = agreement(g, h)
     aligned = as_is if distance(motion, still) < .1 else agreement(g, h, motion)
-    return dict(shift_x=full.shift_x, shift_y=full.shift_y, shift=full.shift, shift_512=motion.shift*SIDE/max(g.shape), rotation=motion.rotation, scale=motion.scale, trust=motion.trust,
-                agreement=as_is, agreement_aligned=aligned, difference=float(np.abs(before - after).mean(dtype=np.float64)))
+    found = dict(shift_x=full.shift_x, shift_y=full.shift_y, shift=full.shift, shift_512=motion.shift*SIDE/max(g.shape), rotation=motion.rotation, scale=motion.scale)
+    if motion.trust < .01: found = dict.fromkeys(found, float("nan")) # nothing to align, or too far apart
+    return found | dict(trust=motion.trust, agreement=as_is, agreement_aligned=aligned,
+                        difference=float(np.abs(before - after).mean(dtype=np.float64)))
 
 def measure_pair(
     before, # h x w x 3 in [0,1], long side 512
@@ -227,7 +230,7 @@ MEASURES |= dict(gamma_r2=Measure("R² of gamma", "", "How much of the change in
     difference=Measure("Difference", "points", "Mean absolute difference of before and after, all channels."))
 REAL = {name: m.real for name, m in MEASURES.items() if m.real is not None} # means over 15 real pairs
 
-# %% ../../nbs/data/05_analysis.ipynb #ecf102eb
+# %% ../../nbs/data/05_analysis.ipynb #72126f23
 @lru_cache(None)
 def _version():
     "Hash of the code that the measures depend on."
@@ -245,35 +248,44 @@ def _as_json(measured): return {k: np.rint(v*1e4).astype(int).tolist() if k.star
 
 def _from_json(path):
     "The measures in a file, None if there is no such file or it is damaged."
-    try: kept = json.loads(path.read_text(encoding="utf-8"))
+    try: return _restored(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError): return None
+
+def _restored(kept):
+    "Measures as they are read."
     missing = lambda v: float("nan") if v is None else v
     return {k: np.float32(v)/10000 if k.startswith("look") else [missing(x) for x in v] if isinstance(v, list) else missing(v) for k, v in kept.items()}
 
-# %% ../../nbs/data/05_analysis.ipynb #ec7f0531
+# %% ../../nbs/data/05_analysis.ipynb #69c59a83
 def measure_files(
     row, # of a table of pairs: before, after, and window where there is a mask
 ) -> dict: # as `measure_pair` gives it
     "Measure one pair of files."
     sizes = [read_size(row[side]) for side in ("before", "after")]
     if sizes[0] != sizes[1]: raise AutohdrError("before is {1} x {0} pixels, after {3} x {2}; they must have one size".format(*sizes[0], *sizes[1]))
+    h, w = sizes[0]
+    if min(h, w)*min(1, SIDE/max(h, w)) < 16: raise AutohdrError(f"photos of {w} x {h} pixels are too small or too narrow to be measured at a long side of {SIDE} px; expected at least 16 pixels on the short side then")
     before, after = (read_photo(row[side], long_side=SIDE).pixels for side in ("before", "after"))
     mask = row.get("window", "")
     mask = resize(read_photo(mask, long_side=SIDE).pixels[..., 0], *before.shape[:2]) > .5 if mask else None
     return measure_pair(before, after, mask, sizes[0])
 
+def _keep(path, measured):
+    "Write measures down, where that is possible, and give them as they will be read."
+    try: write_json(path, measured)
+    except OSError as e: warnings.warn(f"{cache_folder()}: measurements can't be kept there ({type(e).__name__}), so the next run measures again. Set AUTOHDR_CACHE to a folder of your own.")
+    return _restored(measured)
+
 def _measured(row):
     "The measures of a pair, kept or new; where that fails, only an error."
     try:
         path = _kept(row)
-        if (kept := _from_json(path)) is None:
-            write_json(path, _as_json(measure_files(row)))
-            kept = _from_json(path)
+        if (kept := _from_json(path)) is None: kept = _keep(path, _as_json(measure_files(row)))
         return kept | dict(error="")
     except Exception as e: # a decoder may raise anything on a broken file, and one bad file must not end the analysis
         return dict(error=f"missing: there is no file {e.filename}" if isinstance(e, FileNotFoundError) else str(e) or type(e).__name__)
 
-# %% ../../nbs/data/05_analysis.ipynb #89349ec6
+# %% ../../nbs/data/05_analysis.ipynb #09c90cfb
 def analyse(
     pairs: pd.DataFrame, # a table of pairs
     workers: int | None = None, # threads; None: one per core, at most 4. The numbers are the same for any
@@ -282,7 +294,8 @@ def analyse(
     rows = pairs.to_dict("records")
     found = each(lambda i: _measured(rows[i]), range(len(rows)), "Measuring", workers)
     table = pd.DataFrame([dict(name=row["name"], property=row.get("property", "")) | found[i] for i, row in enumerate(rows)])
-    missing = [m for m in MEASURES if m not in table]
+    own = [f"p{q}_{side}" for q in LEVELS for side in ("before", "after")]
+    missing = [m for m in (*MEASURES, *own) if m not in table]
     table[missing] = np.nan
     return table[[c for c in table if c != "error"] + ["error"]] if len(table) else table.assign(error="")
 
