@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WORK', 'GHOST', 'METHODS', 'OUTPUTS', 'COLUMNS', 'ROLES', 'sample_light', 'photograph', 'write_sample_frames',
            'small_grey', 'find_motions', 'lay', 'tone_curve', 'exposure_table', 'find_ghosts', 'settle', 'fuse',
-           'radiance', 'tone_map', 'finish', 'Merged', 'merge_frames', 'merge_files', 'plan_outputs', 'check_places',
-           'merge', 'make_pairs']
+           'radiance', 'tone_map', 'find_view', 'finish', 'Merged', 'merge_frames', 'merge_files', 'plan_outputs',
+           'check_places', 'merge', 'make_pairs']
 
 # %% ../../nbs/data/08_brackets.ipynb #e26f7a1e
 import time
@@ -22,14 +22,14 @@ from .exposures import fit_exposures, group_frames, read_frames
 from .samples import decode, encode, sample_pairs
 from ..photo import FORMATS, find_photos, read_photo, write_photo
 
-# %% ../../nbs/data/08_brackets.ipynb #1d639fa9
+# %% ../../nbs/data/08_brackets.ipynb #b763dfe6
 def sample_light(
     row, # of `sample_pairs`
     long_side: int = 384, # px
 ) -> tuple: # (h x w x 3 linear light, h x w window, 1 where the picture looks outside)
     "Light made from the edit of a bundled pair."
     edit = read_photo(row.after, long_side=long_side).pixels
-    window = read_photo(row.window, long_side=long_side).pixels[..., 0]
+    window = read_photo(row.window, long_side=long_side).pixels[..., 0] if row.window else np.zeros(edit.shape[:2], np.float32)
     return decode(edit)*.3*8**window[..., None], window
 
 def photograph(
@@ -278,36 +278,55 @@ def tone_map(
         _recolour(out[rows], luma(out[rows]), grey[rows])
     return out
 
-# %% ../../nbs/data/08_brackets.ipynb #a30c40e8
-def _settings(grey, base, brightness) -> tuple: # black, white, gamma
+# %% ../../nbs/data/08_brackets.ipynb #f2fb0be9
+def find_view(
+    frames, # list of H x W x 3, uint8 or uint16, aligned, darkest first
+    stops, # exposure of each
+    curve, # from `tone_curve`
+) -> np.ndarray: # h x w in [0,1] at a long side of at most 1024 px
+    "Where the picture looks outside, or at sunlight that is as strong."
+    k = min(1, WORK/max(frames[0].shape))
+    size = (round(frames[0].shape[1]*k), round(frames[0].shape[0]*k))
+    small = [cv2.resize(f, size, interpolation=cv2.INTER_AREA) for f in frames]
+    level, _ = radiance(small, stops, curve)
+    strong = np.clip(level - np.median(level) - 1.5, 0, 1)*np.clip((.97 - small_grey(small[0]))*20, 0, 1)
+    disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2*max(1, round(.012*max(size))) + 1,)*2)
+    wide = cv2.morphologyEx(cv2.morphologyEx((strong > 0).astype(np.uint8), cv2.MORPH_CLOSE, disc), cv2.MORPH_OPEN, disc)
+    return strong*cv2.dilate(wide, np.ones((3, 3), np.uint8))
+
+# %% ../../nbs/data/08_brackets.ipynb #375fa052
+def _toned(grey, base, view, black, white, gamma) -> np.ndarray:
+    "Luma with its base brightened, the view's held back and its detail strengthened; a shoulder and an S-curve."
+    bright = np.clip((base - black)/(white - black), 1e-3, 1)**np.float32(gamma)
+    bright = bright*(1 - .1*np.clip((base - .5)/.4, 0, 1)) - .3*view*np.clip(bright - .5, 0, 1)
+    y = bright*(np.maximum(grey, 1e-3)/np.maximum(base, 1e-3))**(.85 + .3*np.clip((base - .5)/.4, 0, 1) + .8*view)
+    y = np.where(y < .75, y, .75 + .25*np.tanh((y - .75)*4))
+    return (y + .5*y*(1 - y)*(y - .5)).astype(np.float32)
+
+def _levels(grey, base, view, brightness) -> tuple: # black, white, gamma
     "Levels and the exponent that gives the mean brightness, from reduced maps."
     black, white = np.percentile(grey, [1, 99.7])
     black, white = min(float(black), .2)*.85, max(float(white), .85)
     gammas = np.linspace(.4, 1.4, 51)
-    return black, white, gammas[np.argmin([abs(_toned(grey, base, black, white, g).mean() - brightness) for g in gammas])]
-
-def _toned(grey, base, black, white, gamma) -> np.ndarray:
-    "Luma with the base brightened, its brightest parts (the view) held back, detail kept in proportion, a shoulder and an S-curve."
-    bright = np.clip((base - black)/(white - black), 1e-3, 1)**np.float32(gamma)*(1 - .1*np.clip((base - .5)/.4, 0, 1))
-    y = bright*np.maximum(grey - black, 0)/np.maximum(base - black, .01)
-    y = np.where(y < .75, y, .75 + .25*np.tanh((y - .75)*4))
-    return (y + .6*y*(1 - y)*(y - .5)).astype(np.float32)
+    return black, white, gammas[np.argmin([abs(_toned(grey, base, view, black, white, g).mean() - brightness) for g in gammas])]
 
 def finish(
     pixels, # H x W x 3 in [0,1]; changed in place
     brightness: float = .56, # mean luma wanted; 0 leaves the picture alone
+    view=None, # h x w in [0,1] from `find_view`; None: nowhere
 ) -> np.ndarray: # the same array
     "Set black, white, mean brightness and contrast."
     if not brightness: return pixels
     grey = luma(pixels)
-    base = _base(grey, .03, .02)
-    levels = _settings(grey[::4, ::4], base[::4, ::4], brightness)
+    base = _base(grey, .04, .03)
+    view = np.zeros_like(grey) if view is None else cv2.resize(view.astype(np.float32), grey.shape[::-1], interpolation=cv2.INTER_LINEAR)
+    levels = _levels(grey[::4, ::4], base[::4, ::4], view[::4, ::4], brightness)
     for top in range(0, len(pixels), 256):
         rows = slice(top, top + 256)
-        _recolour(pixels[rows], grey[rows], _toned(grey[rows], base[rows], *levels))
+        _recolour(pixels[rows], grey[rows], _toned(grey[rows], base[rows], view[rows], *levels))
     return pixels
 
-# %% ../../nbs/data/08_brackets.ipynb #2bc3b887
+# %% ../../nbs/data/08_brackets.ipynb #20b6eabf
 METHODS = ("fusion", "radiance")
 
 @dataclass
@@ -339,8 +358,9 @@ def merge_frames(
     curve = tone_curve(frames, stops)
     ghosts = find_ghosts(frames, stops, curve, insides)
     regions = settle(frames, stops, curve, reference, insides, ghosts)
+    view = find_view(frames, stops, curve) if brightness else None
     pixels = fuse(frames) if method == "fusion" else tone_map(*radiance(frames, stops, curve))
-    return Merged(finish(pixels, brightness), stops, motions, ghosts, regions)
+    return Merged(finish(pixels, brightness, view), stops, motions, ghosts, regions)
 
 # %% ../../nbs/data/08_brackets.ipynb #71932514
 def _codes(photo) -> np.ndarray:
@@ -401,7 +421,7 @@ def check_places(
     if a == b or a in b.parents or b in a.parents:
         raise AutohdrError(f"{out}: is in the same place as the frames in {folder}; merged photos and originals would mix. Choose a folder outside.")
 
-# %% ../../nbs/data/08_brackets.ipynb #8b444e58
+# %% ../../nbs/data/08_brackets.ipynb #dbd599f2
 def _merge_group(rows, target, method, brightness, overwrite) -> tuple: # (columns for the rows, Merged or None)
     "Merge one group's files; say what came of it."
     start = time.monotonic()
@@ -413,7 +433,7 @@ def _merge_group(rows, target, method, brightness, overwrite) -> tuple: # (colum
     except Exception as e:
         return dict(status="failed", problem=str(e) if isinstance(e, AutohdrError) else f"{type(e).__name__}: {e}"), None
     unsure = ["" if m.trust >= .3 else "alignment: too little to see in this frame; taken to have moved like its neighbour" for m in done.motions]
-    return dict(status="merged", out=str(target), ev=done.stops, shift=[round(m.shift, 2) for m in done.motions], rotation=[round(m.rotation, 3) for m in done.motions],
+    return dict(status="merged", out=str(target), ev=[round(s, 3) for s in done.stops], shift=[round(m.shift, 2) for m in done.motions], rotation=[round(m.rotation, 3) for m in done.motions],
                 ghosts=round(float(done.ghosts.mean()), 5), problem=unsure, seconds=round(time.monotonic() - start, 2)), done
 
 COLUMNS = ["file", "name", "group", "position", "role", "ev", "ev_from", "time", "height", "width", "shift", "rotation", "ghosts", "status", "out", "seconds", "problem"]
