@@ -156,10 +156,10 @@ def pairs(
     if len(problems): print(problems.to_string(index=False))
     print(f"{len(table)} pairs ({', '.join(f'{n} {s}' for s, n in table.split.value_counts().items())}), {len(problems)} problems; table: {out}")
 
-# %% ../nbs/07_cli.ipynb #7b8e8c09
+# %% ../nbs/07_cli.ipynb #83ce39de
 @app.command()
 def scenes(
-    n: Annotated[int, typer.Argument(min=1, metavar="N", help="Pairs that the folder shall hold in the end.")],
+    n: Annotated[int, typer.Argument(min=1, metavar="N", help="Pairs of this seed that the folder shall hold in the end.")],
     out: Annotated[Path, typer.Option(help="Folder for the photos and their table, pairs.csv.")],
     long_side: Annotated[int, typer.Option(min=32, max=8192, help="Of the photos, in pixels.")] = 512,
     seed: Annotated[int, typer.Option(min=0, max=10_000, help="Another one, other houses.")] = 0,
@@ -172,14 +172,16 @@ def scenes(
     table = write_rooms(n, out, long_side, seed, spp)
     print(f"{len(table)} pairs of {table.property.nunique()} houses in {time.monotonic() - start:.0f} s; table: {out/'pairs.csv'}")
 
-# %% ../nbs/07_cli.ipynb #03529190
+# %% ../nbs/07_cli.ipynb #9c733383
 def _execute_into(recipe, given, folder, name, overwrite):
     "Run a recipe into a folder; what was killed or failed there is done anew without being asked."
     import re
     from autohdr.runs.execute import run as execute
     from autohdr.runs.spec import make_spec
     from autohdr.runs.status import read_status
-    unfinished = (folder/"status.json").exists() and read_status(folder)["state"] != "complete"
+    there = (folder/"status.json").exists()
+    unfinished = there and read_status(folder)["state"] != "complete"
+    if there and not unfinished and not overwrite: raise AutohdrError(f"{folder} holds an earlier report: give another place, or say --overwrite to replace it.")
     spec = make_spec(recipe, given, re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-") or None)
     return execute(spec, folder=folder, overwrite=overwrite or unfinished)
 
@@ -227,7 +229,7 @@ def clean(
     print(f"Manifest: {out}\nReport:   {run_dir/'report.html'}")
     if strict and len(problems): raise typer.Exit(1)
 
-# %% ../nbs/07_cli.ipynb #e21ba78e
+# %% ../nbs/07_cli.ipynb #26c90e09
 @app.command()
 def merge(
     source: Annotated[Path, typer.Argument(metavar="FOLDER", help="Bracketed frames, searched with sub-folders; they are only read.")],
@@ -239,14 +241,14 @@ def merge(
     edits: Annotated[Optional[Path], typer.Option(help="Folder with the studio's edits, for --role before.")] = None,
     parameter: Annotated[list[str], typer.Option("-p", "--parameter", metavar="KEY=VALUE", help="A parameter of the notebook, such as gap=60.")] = [],
     strict: Annotated[bool, typer.Option(help="Exit code 1 if anything has a problem.")] = False,
-    overwrite: Annotated[bool, typer.Option(help="Replace merged photos, the report and the table.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace merged photos and the table.")] = False,
 ):
     "Merge bracketed exposures. A bracket that fails doesn't stop the rest."
     from autohdr.data.brackets import check_places
-    check_places(source, out)
+    check_places(source, out, edits, pairs)
     if pairs and pairs.exists() and not overwrite: raise AutohdrError(f"{pairs} exists: give another name, or say --overwrite.")
     given = dict(folder=source, out=out.absolute(), method=method, format=format or "", pairs=pairs.absolute() if pairs else "", role=role, edits=edits or "", overwrite=str(overwrite).lower())
-    run_dir = _execute_into("merge", [f"{k}={v}" for k, v in given.items()] + parameter, out/"report", out.absolute().name, overwrite)
+    run_dir = _execute_into("merge", [f"{k}={v}" for k, v in given.items()] + parameter, out/"report", out.absolute().name, True) # photos that are there stay, the report is made anew
     problems = _problems(run_dir).problem
     for line in problems: print(line)
     print(f"Merged photos: {out}\nReport:        {run_dir/'report.html'}" + (f"\nPairs:         {pairs}" if pairs else ""))

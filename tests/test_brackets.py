@@ -216,7 +216,9 @@ def test_what_moved_is_flagged_and_not_doubled(views, at):
     assert inside > 0.9 and merged.ghosts.mean() < 0.1 and len(merged.regions) == 1
     source = merged.regions[0][0]
     if source != at:
-        assert np.abs(merged.pixels - clean.pixels)[box].mean() < 0.06, "the figure shows through"
+        around = (slice(box[0].start - 12, box[0].stop + 12), slice(box[1].start - 12, box[1].stop + 12))
+        apart = np.abs(merged.pixels - clean.pixels)[around].mean(-1)
+        assert apart.mean() < 0.06 and np.percentile(apart, 99) < 0.15, "the figure, or its outline, shows through"
 
 
 @pytest.mark.parametrize("method", ["fusion", "radiance"])
@@ -275,9 +277,11 @@ def test_command(tmp_path):
     assert len(pairs) == 2 and not len(problems)
     assert all(Path(b).name == Path(a).name for b, a in zip(pairs.before, pairs.after))
     before = {p: p.read_bytes() for p in find_photos(out)}
+    main_ok(["merge", str(source), "--out", str(out), "--strict"])  # as after a kill: what is there, made of the same frames in the same way, stays
     with pytest.raises(SystemExit) as stop:
-        main(["merge", str(source), "--out", str(out)])
-    assert stop.value.code == 1 and before == {p: p.read_bytes() for p in find_photos(out)}, "nothing is replaced unasked"
+        main(["merge", str(source), "--out", str(out), "--strict", "--method", "radiance"])
+    assert stop.value.code == 1 and pd.read_csv(out / "report/problems.csv").problem.str.contains("not made of these frames in this way").sum() == 2
+    assert before == {p: p.read_bytes() for p in find_photos(out)}, "nothing is replaced unasked"
     for photo in before:
         write_photo(tmp_path / "edits" / photo.name, read_photo(photo).pixels ** 0.8)
     (tmp_path / "edits").joinpath(next(iter(before)).name).unlink()
@@ -307,3 +311,58 @@ def test_the_house(tmp_path):
         out = read_photo(tmp_path / method / "C.jpg").pixels
         garden, shelf = out[150:280, 500:580], out[60:440, 20:230]
         assert (garden.min(-1) > 0.98).mean() < 0.05 and luma(garden).std() > 0.08 and 0.5 < luma(out).mean() < 0.62 and luma(shelf).mean() > 0.35
+
+
+def test_nothing_of_the_user_s_is_overwritten(tmp_path):
+    source, out, edits = tmp_path / "frames", tmp_path / "out", tmp_path / "edits"
+    write_sample_frames(source)
+    for p in find_photos(source):
+        write_photo(edits / p.name, read_photo(p).pixels)
+    photo = find_photos(source)[0]
+    before = {p: p.read_bytes() for p in [*find_photos(source), *find_photos(edits)]}
+    for more in (["--out", out, "--pairs", photo], ["--out", out, "--pairs", source / "t.csv"], ["--out", edits, "--edits", edits, "--role", "before"], ["--out", source / "merged"]):
+        with pytest.raises(SystemExit) as stop:
+            main(["merge", str(source), "--overwrite", *map(str, more)])
+        assert stop.value.code == 1, more
+    assert before == {p: p.read_bytes() for p in [*find_photos(source), *find_photos(edits)]} and not out.exists()
+
+
+def test_two_files_of_a_shot_and_two_brackets_of_one_name(fifty, tmp_path):
+    views = [[photograph(light, metered(light) + stops, seed=i) / np.float32(255) for stops in (-2, 0, 2)] for i, light in enumerate(fifty[:2])]
+    for i, frames in enumerate(zip(*views)):
+        write_photo(tmp_path / f"both/{i}.jpg", frames[0])
+        write_photo(tmp_path / f"both/{i}.tif", frames[0])
+        write_photo(tmp_path / f"names/{i}.jpg", frames[0])
+        write_photo(tmp_path / f"names/{i}.png", frames[1])
+    table = group_frames(read_frames(tmp_path / "both"))
+    assert table[table.group != ""].name.tolist() == ["0.tif", "1.tif", "2.tif"] and (table.role == "twin").sum() == 3 and (table.problem == "").all()
+    table = group_frames(read_frames(tmp_path / "names"))
+    assert set(table.groupby("group").name.agg(frozenset)) == {frozenset(f"{i}{s}" for i in range(3)) for s in (".jpg", ".png")}
+
+
+def test_exif_that_is_wrong(fifty, tmp_path):
+    "Copied from one frame to all, or the wrong way round: the pixels know better."
+    for place, stops_in_exif in (("equal", (0, 0, 0)), ("reversed", (2, 0, -2))):
+        for i, (stops, told) in enumerate(zip((-2, 0, 2), stops_in_exif)):
+            frame = photograph(fifty[0], metered(fifty[0]) + stops, seed=i)
+            write_photo(tmp_path / place / f"{i}.jpg", Photo(frame / np.float32(255), exif=exif(i, told)))
+        table = group_frames(read_frames(tmp_path / place))
+        assert table.group.nunique() == 1 and (table.ev_from == "pixels").all() and table.sort_values("position").name.tolist() == ["0.jpg", "1.jpg", "2.jpg"], table
+
+
+def test_a_frame_without_its_time_is_missed(fifty, tmp_path):
+    for i, stops in enumerate((-3, -1, 1, 3)):
+        frame = photograph(fifty[0], metered(fifty[0]) + stops, seed=i)
+        write_photo(tmp_path / f"{i}.jpg", Photo(frame / np.float32(255), exif=exif(i, stops) if i != 2 else b""))
+    table = group_frames(read_frames(tmp_path)).set_index("name")
+    assert table.group["2.jpg"] == "" and table.problem["2.jpg"].startswith("left over: shows the view of") and (table.group.drop("2.jpg") != "").all()
+
+
+def test_somebody_walks_through_a_timed_bracket(fifty, tmp_path):
+    light = fifty[0]
+    for i, stops in enumerate((-3, -1, 1, 3)):
+        frame = photograph(light, metered(light) + stops, seed=i)
+        frame = frame / np.float32(255)
+        frame[20:90, 10 + 30 * i:24 + 30 * i] = 0.1 + 0.1 * i
+        write_photo(tmp_path / f"{i}.jpg", Photo(frame, exif=exif(i, stops)))
+    assert group_frames(read_frames(tmp_path)).group.nunique() == 1
