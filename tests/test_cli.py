@@ -79,10 +79,10 @@ def test_mistakes_are_explained(tmp_path, monkeypatch, capsys, args, exit_code, 
     assert not list(tmp_path.iterdir()), "and nothing was written"
 
 
-def test_run_trains(trained):
+def test_run_trains(trained, studio):
     status = read_status(trained)
     metrics = json.loads((trained / "metrics.json").read_text())
-    assert status["state"] == "complete" and status["overrides"]["pairs"] == str(trained.parents[2] / "studio0"), "relative to where the command was given"
+    assert status["state"] == "complete" and status["overrides"]["pairs"] == str(studio), "relative to where the command was given"
     assert {"model.safetensors", "history.csv", "report.html", "run.ipynb", "params.yaml", "log.txt"} <= {f.name for f in trained.iterdir()}
     assert {"identity", "gamma", "polynomial"} <= set(metrics["baselines"]) and metrics["ours"]["l1"] > 0
     assert "epoch 2/2" in (trained / "log.txt").read_text() and len(pd.read_csv(trained / "history.csv")) == 2

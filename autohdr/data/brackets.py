@@ -133,7 +133,7 @@ def exposure_table(
     codes = np.arange(top + 1)*(255/top)
     return np.rint(np.interp(np.interp(codes, np.arange(256), curve) + stops, curve, np.arange(256))*(top/255)).astype(kind)
 
-# %% ../../nbs/data/08_brackets.ipynb #ff129e73
+# %% ../../nbs/data/08_brackets.ipynb #22acfc50
 GHOST = .8  # stops by which two frames must disagree
 
 def _intervals(frame, stop, curve) -> tuple: # lowest, highest log2 of light, h x w x 3
@@ -166,6 +166,7 @@ def find_ghosts(
     apart = ((low - high).max(-1) > GHOST).astype(np.uint8)
     return _regions(apart)
 
+# %% ../../nbs/data/08_brackets.ipynb #d85973e6
 def _regions(apart) -> np.ndarray:
     "Solid regions of some size, grown by a little: the rest are stray pixels along edges."
     side = max(apart.shape)
@@ -427,7 +428,7 @@ def check_places(
     if _overlap(folder, out):
         raise AutohdrError(f"{out}: is in the same place as the frames in {folder}; merged photos and originals would mix. Choose a folder outside.")
 
-# %% ../../nbs/data/08_brackets.ipynb #62cbcb00
+# %% ../../nbs/data/08_brackets.ipynb #16597ee0
 def _key(rows, method, brightness) -> str:
     "What a merged photo is made of, and how."
     files = [(Path(f).name, (s := Path(f).stat()).st_size, s.st_mtime_ns) for f in rows.file]
@@ -435,11 +436,17 @@ def _key(rows, method, brightness) -> str:
 
 TORN = .3 # share of ghosts, above which frames hardly belong together
 
+def _made(record) -> dict:
+    "File name to key, of the merged photos of a folder."
+    try: return json.loads(record.read_text(encoding="utf-8"))
+    except (OSError, ValueError): return {}
+
+# %% ../../nbs/data/08_brackets.ipynb #db8f88ad
 def _merge_group(rows, target, method, brightness, overwrite) -> tuple: # (columns for the rows, Merged or None)
     "Merge one group's files; say what came of it."
     start = time.monotonic()
     record, key = target.parent/".autohdr-merge.json", _key(rows, method, brightness)
-    made = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+    made = _made(record)
     if target.exists() and not overwrite:
         old = "" if made.get(target.name) == key else "exists, and was not made of these frames in this way; say --overwrite to replace it"
         return dict(status="skipped", out=str(target), problem=old), None
@@ -456,6 +463,7 @@ def _merge_group(rows, target, method, brightness, overwrite) -> tuple: # (colum
     return dict(status="merged", out=str(target), ev=[round(s, 3) for s in done.stops], shift=[round(m.shift, 2) for m in done.motions], rotation=[round(m.rotation, 3) for m in done.motions],
                 ghosts=round(float(done.ghosts.mean()), 5), problem=unsure, seconds=round(time.monotonic() - start, 2)), done
 
+# %% ../../nbs/data/08_brackets.ipynb #617daeec
 COLUMNS = ["file", "name", "group", "position", "role", "ev", "ev_from", "time", "height", "width", "shift", "rotation", "ghosts", "status", "out", "seconds", "problem"]
 
 def merge(
@@ -481,7 +489,7 @@ def merge(
         else: result, done = _merge_group(rows, plan[group], method, brightness, overwrite)
         for column, value in result.items(): table.loc[rows.index, column] = value
         if done: details[group] = done
-    table.loc[(table.role == "single") & (table.problem != "") & ~table.problem.str.startswith("pair"), "status"] = "failed"
+    table.loc[(table.role == "single") & (table.problem != "") & ~table.problem.str.startswith(("pair", "left over")), "status"] = "failed"
     return table[COLUMNS].reset_index(drop=True), details
 
 # %% ../../nbs/data/08_brackets.ipynb #98d632c5

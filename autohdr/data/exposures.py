@@ -184,7 +184,7 @@ def group_by_time(
         else: groups.append([i])
     return groups
 
-# %% ../../nbs/data/07_exposures.ipynb #4a7f063d
+# %% ../../nbs/data/07_exposures.ipynb #b4920144
 def _parts(sure, closer, extreme) -> np.ndarray: # a label per frame
     "Join frames: surely alike ones at once, then the likely ones if the closer look (i, j -> confidence) agrees; extreme ones by comparison."
     part = np.arange(len(sure))
@@ -205,6 +205,7 @@ def _place(i, part, sure, closer, rivals: int = 4):
     best, second = [*sorted(fit.values(), reverse=True), .4, .4][:2]
     if fit and best - max(second, .4) > .1: part[i] = max(fit, key=fit.get)
 
+# %% ../../nbs/data/07_exposures.ipynb #e50be3bc
 def group_by_look(
     frames, # table of `read_frames`, in the order of names
 ) -> list: # of lists of rows' labels
