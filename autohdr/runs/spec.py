@@ -15,13 +15,13 @@ import nbformat, yaml
 import autohdr
 from ..core import AutohdrError, check_name
 
-# %% ../../nbs/runs/00_spec.ipynb #0a5452ba
+# %% ../../nbs/runs/00_spec.ipynb #9b2c6c33
 @dataclass
 class Parameter:
     "One line of a parameters cell."
     name: str
     default: object
-    kind: str      # 'int', 'float', 'str', 'bool', 'list', 'dict', 'any' (a default of None without annotation)
+    kind: str      # 'int', 'float', 'str', 'bool', 'list', 'dict', several of them joined by ' or ', 'any' (a default of None without annotation)
     optional: bool # None is allowed
     help: str      # its comment
 
@@ -33,8 +33,9 @@ def _comments(source: str) -> dict[int, str]:
 def _kind(default, annotation) -> str:
     "The type that values must have, from the annotation or else from the default."
     hint = ast.unparse(annotation) if annotation is not None else type(default).__name__
-    found = [k for k in ("bool", "int", "float", "str", "list", "tuple", "dict") if re.search(rf"\b{k}\b", hint)]
-    return {"tuple": "list"}.get(found[0], found[0]) if found else "any"
+    outer = [re.match(r"\w*", part.strip())[0] for part in re.sub(r"Optional\[(.*)\]", r"\1", hint).split("|")] # list[int] counts as list
+    found = [{"tuple": "list"}.get(k, k) for k in outer if k in ("bool", "int", "float", "str", "list", "tuple", "dict")]
+    return " or ".join(found) or "any"
 
 # %% ../../nbs/runs/00_spec.ipynb #f2cd759c
 def read_parameters(
@@ -55,7 +56,7 @@ def read_parameters(
         out[target.id] = Parameter(target.id, default, _kind(default, annotation), optional, comments.get(node.end_lineno, ""))
     return out
 
-# %% ../../nbs/runs/00_spec.ipynb #e8c4cdfa
+# %% ../../nbs/runs/00_spec.ipynb #be0403aa
 _TYPES = dict(bool=bool, int=int, float=float, str=str, list=(list, tuple), dict=dict)
 
 def check_value(
@@ -69,7 +70,7 @@ def check_value(
         except ValueError: pass
     if p.kind == "float" and isinstance(value, int) and not isinstance(value, bool): value = float(value)
     if p.kind == "list" and isinstance(value, (list, tuple)): return _check_items(p, list(value))
-    if isinstance(value, _TYPES[p.kind]) and not (p.kind == "int" and isinstance(value, bool)): return value
+    if any(isinstance(value, _TYPES[k]) and not (k == "int" and isinstance(value, bool)) for k in p.kind.split(" or ")): return value
     about = f" ({p.help})" if p.help else ""
     raise AutohdrError(f"Parameter '{p.name}' must be of type {p.kind}, not {type(value).__name__}: {value!r} does not do. Its default is {p.default!r}{about}.")
 
