@@ -458,7 +458,7 @@ def jitter(
     "The same scene exposed and white-balanced otherwise."
     return np.clip(pixels ** np.float32(exponent) * np.asarray(gains, np.float32), 0, 1)
 
-# %% ../../nbs/data/00_pairs.ipynb #4981d4e7
+# %% ../../nbs/data/00_pairs.ipynb #5aadfc6a
 class PairDataset(Dataset):
     "Pairs at working size as tensors: {'before', 'after': 3 x H x W float32 in [0,1], 'name': str}, and with `windows` 'window': 1 x H x W."
     def __init__(self,
@@ -468,7 +468,8 @@ class PairDataset(Dataset):
         crop: int = 0, # side of random square crops, pixels; 0: whole photos
         crop_scale=None, # None: `crop` pixels at working scale; (low, high): a square of that part of the short side, resized to `crop`
         flip: bool = False, # mirror half of the items left to right
-        gamma_jitter: float = 0., # sd of the log of the exponent applied to the before photo
+        input_gamma: float = 1., # exponent on the before photo; 1: none
+        gamma_jitter: float = 0., # sd of the log of a random exponent on the before photo
         gain_jitter: float = 0., # sd of the log of the gain of each channel of the before photo
         cache: bool = True, # keep decoded photos in memory
         cache_mb: int = 4096, # and how many megabytes at most
@@ -477,7 +478,7 @@ class PairDataset(Dataset):
     ):
         self.pairs, self.rows = pairs.reset_index(drop=True), pairs.to_dict("records")
         self.size, self.squash, self.crop, self.crop_scale = size, squash, crop, crop_scale and tuple(crop_scale)
-        self.flip, self.gamma_jitter, self.gain_jitter, self.windows = flip, gamma_jitter, gain_jitter, windows
+        self.flip, self.input_gamma, self.gamma_jitter, self.gain_jitter, self.windows = flip, input_gamma, gamma_jitter, gain_jitter, windows
         self.seed, self.epoch = seed, 0
         self.kept, self.room = {}, cache_mb * 2**20 if cache else 0
         self._check()
@@ -547,7 +548,7 @@ def preload(self: PairDataset):
 def __getstate__(self: PairDataset):
     return self.__dict__ | dict(kept={}, room=self.room + sum(map(_bytes, self.kept.values())))
 
-# %% ../../nbs/data/00_pairs.ipynb #2aeab14a
+# %% ../../nbs/data/00_pairs.ipynb #8c91de6a
 @patch
 def __getitem__(self: PairDataset, item):
     epoch, index = item if isinstance(item, tuple) else (self.epoch, item)
@@ -564,6 +565,7 @@ def __getitem__(self: PairDataset, item):
     if self.flip and draw[3] < 0.5: photos = [p[:, ::-1] for p in photos]
     if self.gamma_jitter or self.gain_jitter:
         photos[0] = jitter(photos[0], math.exp(self.gamma_jitter * normal[0]), np.exp(self.gain_jitter * normal[1:]))
+    if self.input_gamma != 1: photos[0] = photos[0] ** self.input_gamma
     tensors = [torch.from_numpy(np.ascontiguousarray(p.transpose(2, 0, 1))) for p in photos]
     return dict(zip(("before", "after", "window"), tensors), name=row["name"])
 
