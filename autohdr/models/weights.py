@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'WRAPPERS', 'PREFIXES', 'MEANING', 'FLOATS', 'Published', 'list_published', 'cached_file',
-           'fetch_published', 'resolve_weights', 'unwrap', 'is_ours', 'read_weights', 'identify', 'match_table',
-           'match_lines', 'load_weights', 'load_foreign', 'create_on_base']
+           'check_published', 'fetch_published', 'resolve_weights', 'unwrap', 'is_ours', 'read_weights', 'identify',
+           'match_table', 'match_lines', 'load_weights', 'load_foreign', 'create_on_base']
 
 # %% ../../nbs/models/03_weights.ipynb #2a5b0cda
 import argparse, importlib, inspect, json, os, pickle, re, sys, time, zipfile
@@ -17,11 +17,11 @@ from tqdm import tqdm
 from ..core import AutohdrError, cache_folder, check_name, file_hash, write_text
 from .zoo import ARCHITECTURES, create_model, load_model, model_class, read_metadata, settings
 
-# %% ../../nbs/models/03_weights.ipynb #bd153b37
+# %% ../../nbs/models/03_weights.ipynb #94604ff0
 @dataclass(frozen=True)
 class Published:
     "A checkpoint that somebody else has published."
-    model: str # the name in the zoo that its authors' configuration belongs to
+    model: str # the name of the network that its authors' configuration belongs to
     task: str # what it was trained for, on which photos
     url: str # of the file, or of the page where a person finds it
     size: int # bytes; 0: not known
@@ -61,7 +61,7 @@ PUBLISHED = {
         6_478_393, "539bd16c4da6179e45616329f249c4672951b1045193428e1d042c50d4b65a0b", "MIT", by_hand=True),
 }
 
-# %% ../../nbs/models/03_weights.ipynb #887d0abc
+# %% ../../nbs/models/03_weights.ipynb #ce634042
 def list_published() -> pd.DataFrame: # indexed by name: model, task, size, sha256, cached, licence, url
     "All published checkpoints that have a name here, and whether they are in the cache."
     rows = {name: dict(model=e.model, task=e.task, size=_size(e), sha256=e.sha256 or "not known", cached=os.path.isfile(cached_file(name)),
@@ -71,19 +71,21 @@ def list_published() -> pd.DataFrame: # indexed by name: model, task, size, sha2
 def _size(entry: Published) -> str: return f"{entry.size / 1e6:.1f} MB" if entry.size else "size not known"
 
 def cached_file(
-    name: str, # a key of `PUBLISHED`
+    name: str, # a key of `PUBLISHED`; any other name, where the entry is given
+    entry: Published | None = None, # what is published under that name
 ) -> Path:
     "Where a published checkpoint is, or will be, in the cache."
-    suffix = Path(PUBLISHED[name].url).suffix
+    suffix = Path((entry or PUBLISHED[name]).url).suffix
     return cache_folder()/(name + (suffix if suffix in (".pth", ".pt", ".safetensors") else ".pth"))
 
-# %% ../../nbs/models/03_weights.ipynb #26ffa569
-def _check_file(
-    name: str, # a key of `PUBLISHED`
+# %% ../../nbs/models/03_weights.ipynb #44a49fcb
+def check_published(
+    name: str, # for the messages
+    entry: Published, # what is published under that name
     file: Path, # claims to be it
 ):
     "An error unless the file has the right size and digest. Where no digest is known, the first one is recorded beside the file."
-    entry, record = PUBLISHED[name], file.with_name(file.name + ".sha256")
+    record = file.with_name(file.name + ".sha256")
     size, digest = file.stat().st_size, file_hash(file)
     if entry.size and size != entry.size:
         raise AutohdrError(f"{file}: has {size:,} bytes; {name} has {entry.size:,}. Delete the file and fetch it again")
@@ -119,23 +121,25 @@ class _Lines:
 
 def _progress(): return tqdm(unit="B", unit_scale=True, file=sys.stderr) if sys.stderr.isatty() else _Lines()
 
-# %% ../../nbs/models/03_weights.ipynb #e75c9c67
+# %% ../../nbs/models/03_weights.ipynb #2a34f6a4
 def fetch_published(
-    name: str, # a key of `PUBLISHED`
+    name: str, # a key of `PUBLISHED`; any other name, where the entry is given
+    entry: Published | None = None, # what is published under that name
 ) -> Path: # in the cache
     "A published checkpoint: from the cache, or downloaded once and verified."
-    entry, file = PUBLISHED[check_name(name, PUBLISHED, "published checkpoint")], cached_file(name)
+    entry = entry or PUBLISHED[check_name(name, PUBLISHED, "published checkpoint")]
+    file = cached_file(name, entry)
     if not os.path.isfile(file): # which, unlike the Path's own, raises nothing where the folder is closed to us
         if entry.by_hand:
             raise AutohdrError(f"{name}: {entry.url} gives its files to browsers only. Download it there and put it here: {file}")
         print(f"{name} ({entry.task})\n  from {entry.url}\n  to {file}\n  {_size(entry)}, SHA-256 {entry.sha256 or 'not known'}\n"
               f"  licence: {entry.licence}", flush=True)
         _download(entry, file)
-        try: _check_file(name, file)
+        try: check_published(name, entry, file)
         except AutohdrError: # only where pooch had no digest to go by
             file.unlink()
             raise
-    else: _check_file(name, file)
+    else: check_published(name, entry, file)
     return file
 
 # %% ../../nbs/models/03_weights.ipynb #ad8a83e6
