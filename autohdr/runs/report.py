@@ -96,7 +96,7 @@ def headline(
     return _show((_verdict(name, ours, baselines, by) if baselines else "") + _scores(rows, main, name) + second +
                  f"<p class='note'>↓ less is better, ↑ more is better, ★ best. {html.escape(about)}</p>")
 
-# %% ../../nbs/runs/02_report.ipynb #40458b68
+# %% ../../nbs/runs/02_report.ipynb #a4546559
 _ASIDE = ("epoch", "step", "seconds", "time", "memory", "best") # columns that are not curves
 
 def panels(history: pd.DataFrame) -> dict[str, list]:
@@ -104,7 +104,8 @@ def panels(history: pd.DataFrame) -> dict[str, list]:
     out = {}
     for column in history.select_dtypes("number"):
         if column.split("_")[0] in _ASIDE or history[column].isna().all(): continue
-        out.setdefault(column.removeprefix("train_").removeprefix("val_"), []).append(column)
+        panel = "shares" if column.startswith("share_") else column.removeprefix("train_").removeprefix("val_")
+        out.setdefault(panel, []).append(column)
     return dict(sorted(out.items(), key=lambda item: item[0].startswith(("lr", "grad")))) # what matters first
 
 def best_epoch(
@@ -115,8 +116,12 @@ def best_epoch(
     if column is None: return None
     return history.epoch[history[column].idxmin()] if "epoch" in history else history[column].idxmin()
 
-# %% ../../nbs/runs/02_report.ipynb #03b107c9
-def _colour(column: str) -> str: return "#1f7a63" if column.startswith("val_") else "#6b7688"
+# %% ../../nbs/runs/02_report.ipynb #bdcbf7c5
+_SHARES = ("#1f7a63", "#b45424", "#3b6fb6", "#8a5fb0", "#c2a12c", "#4d9fa8", "#b0496f", "#6b7688") # of the terms of a loss
+
+def _colour(column: str, place: int) -> str: # place: in its panel
+    if column.startswith("share_"): return _SHARES[place % len(_SHARES)]
+    return "#1f7a63" if column.startswith("val_") else "#6b7688"
 
 def curves(
     history: pd.DataFrame, # history.csv: a row per epoch
@@ -125,12 +130,12 @@ def curves(
     groups = panels(history)
     if not groups: raise AutohdrError(f"history has no numeric column to draw; its columns are: {', '.join(map(str, history.columns))}")
     x = history["epoch"] if "epoch" in history else history.index
-    titles = [", ".join(f"<span style='color:{_colour(c)}'>{c.replace('_', ' ')}</span>" for c in columns) for columns in groups.values()]
+    titles = [", ".join(f"<span style='color:{_colour(c, i)}'>{c.replace('_', ' ')}</span>" for i, c in enumerate(columns)) for columns in groups.values()]
     figure = make_subplots(rows=len(groups), cols=1, shared_xaxes=True, vertical_spacing=0.25/(len(groups) + 1), subplot_titles=titles)
     for row, columns in enumerate(groups.values(), 1):
-        for column in columns:
+        for i, column in enumerate(columns):
             figure.add_scatter(x=list(x), y=[float(v) for v in history[column]], name=column, mode="lines+markers" if len(x) < 40 else "lines",
-                               line=dict(color=_colour(column), width=2), connectgaps=True, showlegend=False, hovertemplate=f"epoch %{{x}}: %{{y:.5g}}<extra>{column}</extra>", row=row, col=1)
+                               line=dict(color=_colour(column, i), width=2), connectgaps=True, showlegend=False, hovertemplate=f"epoch %{{x}}: %{{y:.5g}}<extra>{column}</extra>", row=row, col=1)
     return _styled(figure, best_epoch(history), 70 + 190*len(groups))
 
 def _styled(figure, best, height: int):
