@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['XYZ', 'FROM_XYZ', 'LAB', 'FROM_LAB', 'KNEE', 'STRIP', 'BINS', 'LOW', 'HIGH', 'SHARES', 'to_lab', 'from_lab',
-           'in_strips', 'lab_histogram', 'values_at', 'mean_histogram', 'to_json', 'from_json']
+           'in_strips', 'lab_histogram', 'values_at', 'mean_histogram', 'reference_of', 'to_json', 'from_json']
 
 # %% ../../nbs/data/11_reference.ipynb #16e83074
 from concurrent.futures import ThreadPoolExecutor
@@ -92,6 +92,13 @@ def mean_histogram(
     files = list(dict.fromkeys(map(str, files)))
     if not files: raise AutohdrError("No photos to take a reference look from: the list of files is empty.")
     return sum(each(lambda file: lab_histogram(read_photo(file, long_side=long_side).pixels), files, "Reading the reference look").values())/len(files)
+
+# %% ../../nbs/data/11_reference.ipynb #3752bb70
+def reference_of(
+    path, # a photo
+) -> np.ndarray: # 3 x BINS, each row sums to 1
+    "The LAB histogram of a photo file."
+    return lab_histogram(read_photo(path).pixels)
 
 # %% ../../nbs/data/11_reference.ipynb #f98b35e5
 SHARES = (1 - np.cos(np.linspace(0, np.pi, 512)))/2
