@@ -20,7 +20,7 @@ from ..training.loop import train
 from ..training.recipe import Recipe
 from ..training.state import pick_device
 
-# %% ../../nbs/runs/05_arms.ipynb #97246eee
+# %% ../../nbs/runs/05_arms.ipynb #4bd83575
 def check_seeds(
     folds: int, # of the cross-validation
     seeds: list, # one training of every arm and fold with each
@@ -43,22 +43,23 @@ def run_arms(
         for seed in seeds:
             for arm, key in arms(k, seed).items():
                 file = Path(folder)/f"fold{k}_seed{seed}_{hashlib.sha256(key.encode()).hexdigest()[:12]}.csv"
-                if not file.exists(): write_csv(file, train_and_score(k, seed, arm))
+                if not file.exists():
+                    with contextlib.redirect_stdout(io.StringIO()): write_csv(file, train_and_score(k, seed, arm)) # a line per training is enough
                 scores = pd.read_csv(file, dtype={"name": str}, keep_default_na=False).assign(fold=k, seed=seed, arm=arm)
                 print(f"fold {k + 1} of {folds}, seed {seed}, {arm}: L1 {scores.l1.mean():.4f} on {len(scores)} photos, {time.monotonic() - start:.0f} s", flush=True)
                 results.append(scores)
     return pd.concat(results, ignore_index=True)
 
-# %% ../../nbs/runs/05_arms.ipynb #6edb5f6b
+# %% ../../nbs/runs/05_arms.ipynb #58947c2d
 @contextlib.contextmanager
 def trained(
     recipe: Recipe, # with the fold that is held out
     pairs: pd.DataFrame, # all of them
     folder, # for the training; what is there goes
 ): # yields (history, function from pixels to edited pixels, checkpoint)
-    "Train in silence; the checkpoint lives as long as the block."
+    "Train; the checkpoint lives as long as the block."
     shutil.rmtree(folder, ignore_errors=True) # of a killed study: another arm's, perhaps
-    with contextlib.redirect_stdout(io.StringIO()): history = train(recipe, pairs, folder)
+    history = train(recipe, pairs, folder)
     file = Path(folder)/"model.safetensors"
     yield history, partial(predict, load_model(file, pick_device(recipe.device))), file
     shutil.rmtree(folder)
