@@ -6,12 +6,12 @@
 __all__ = ['LITE0', 'NETWORKS', 'Convolution', 'same_padding', 'vgg', 'folded', 'InvertedResidual', 'lite0', 'Network',
            'layer_names', 'tensor_shapes', 'find_weights', 'Features', 'available']
 
-# %% ../../nbs/losses/02_features.ipynb #b5c628a2
+# %% ../../nbs/losses/02_features.ipynb #00a2194f
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-import math, os
+import os
 from pathlib import Path
 import torch, torch.nn.functional as F
 from torch import nn
