@@ -21,8 +21,8 @@ def smoothstep(
     u = ((x - middle) / (2 * reach) + .5).clamp(0, 1)
     return u * u * (3 - 2 * u)
 
-# %% ../../nbs/losses/03_regions.ipynb #9fdc0f27
-GRID, REACH = 128, 0.04 # long side on which means are taken, pixels; half the side of their square, share of the long side
+# %% ../../nbs/losses/03_regions.ipynb #e9792dba
+GRID, REACH = 128, 0.05 # long side on which means are taken, pixels; half the side of their square, share of the long side
 
 def local_mean(
     x: torch.Tensor, # N x C x H x W
@@ -33,7 +33,7 @@ def local_mean(
         x = F.avg_pool2d(x, size, 1, padding, count_include_pad=False)
     return x
 
-# %% ../../nbs/losses/03_regions.ipynb #37a4e5df
+# %% ../../nbs/losses/03_regions.ipynb #5c771e2d
 @torch.no_grad()
 def window_mask(
     target: torch.Tensor, # N x 3 x H x W in [0,1], sRGB-encoded
@@ -43,11 +43,10 @@ def window_mask(
     target = target if target.dtype == torch.float64 else target.float()
     planes, shrink = torch.cat([target, luma(target).square()], 1), max(height, width) / GRID
     if shrink > 1: planes = F.interpolate(planes, [max(1, round(n / shrink)) for n in (height, width)], mode="area")
-    mean = local_mean(planes, max(1, round(REACH * max(planes.shape[-2:]))))
-    colour, square = mean.split([3, 1], 1)
-    _, saturation, value = rgb_to_hsv(colour).split(1, 1)
-    contrast = (square - luma(colour).square()).clamp(min=0).sqrt()
-    mask = smoothstep(value, .7, .1) * (1 - smoothstep(saturation, .3, .1)) * smoothstep(contrast, .12, .04)
+    wide, (colour, square) = max(1, round(REACH * max(planes.shape[-2:]))), local_mean(planes, 1).split([3, 1], 1)
+    contrast = local_mean((square - luma(colour).square()).clamp(min=0).sqrt(), wide)
+    _, saturation, value = rgb_to_hsv(local_mean(colour, wide)).split(1, 1)
+    mask = smoothstep(value, .7, .1) * (1 - smoothstep(saturation, .3, .1)) * smoothstep(contrast, .065, .025)
     return F.interpolate(mask, (height, width), mode="bilinear") if shrink > 1 else mask
 
 # %% ../../nbs/losses/03_regions.ipynb #60ad2f1e
