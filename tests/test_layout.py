@@ -114,11 +114,10 @@ def test_readme_shows_pictures_that_exist():
 def test_train_parameters_are_the_recipe():
     from dataclasses import fields
 
+    from autohdr.runs.spec import read_parameters
     from autohdr.training.recipe import Recipe
 
     for name, missing in (("train", set()), ("crossval", {"fold", "patience", "val_every"})):
-        notebook = json.loads((ROOT / "nbs/experiments" / f"{name}.ipynb").read_text())
-        cell = next(c for c in notebook["cells"] if "parameters" in c["metadata"].get("tags", []))
-        given = {n.targets[0].id: ast.literal_eval(n.value) for n in ast.parse("".join(cell["source"])).body}
+        given = {n: p.default for n, p in read_parameters(ROOT / "nbs/experiments" / f"{name}.ipynb").items()}
         assert {f.name for f in fields(Recipe)} - given.keys() == missing, name
         assert all(isinstance(given[f.name], f.type) for f in fields(Recipe) if f.name in given), name

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['NO_PRETRAINING', 'load_pairs', 'select', 'train_dataset', 'epoch_batches', 'training_terms', 'TrainingDiverged',
            'backward', 'update', 'train_epoch', 'validate', 'end_epoch', 'epoch_line', 'alike', 'pretrain_recipe',
-           'pretrain', 'first_state', 'train']
+           'pretrain', 'first_state', 'remember_look', 'train']
 
-# %% ../../nbs/training/02_loop.ipynb #b18671e0
+# %% ../../nbs/training/02_loop.ipynb #49b20a9a
 import itertools, math, time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np, pandas as pd, torch
 from ..core import AutohdrError, each, write_csv
 from ..data.matching import problem
 from ..data.pairs import PairDataset, assign_folds, assign_splits, fingerprint, make_loader, save_pairs, scan_pairs
-from ..losses.pixel import create_loss
+from ..data.reference import mean_histogram, to_json
 from ..metrics import l1, psnr
 from ..models.zoo import read_metadata, save_model
 from ..photo import read_photo, resize
@@ -46,14 +46,14 @@ def select(
     if not len(parts["train"]): raise AutohdrError(f"none of the {len(pairs)} pairs is left for training; add pairs or change their split column")
     return {k: v.reset_index(drop=True) for k, v in parts.items()}
 
-# %% ../../nbs/training/02_loop.ipynb #372c31cb
+# %% ../../nbs/training/02_loop.ipynb #059b7786
 def train_dataset(
     pairs: pd.DataFrame, # the training split
     recipe: Recipe,
 ) -> PairDataset:
     "Random crops as the recipe wants them."
     return PairDataset(pairs, size=recipe.size, squash=recipe.squash, crop=recipe.crop, crop_scale=recipe.crop and recipe.crop_scale or None,
-                       flip=recipe.flip, gamma_jitter=recipe.gamma_jitter, gain_jitter=recipe.gain_jitter, seed=recipe.seed)
+                       flip=recipe.flip, input_gamma=recipe.input_gamma, gamma_jitter=recipe.gamma_jitter, gain_jitter=recipe.gain_jitter, seed=recipe.seed)
 
 def epoch_batches(
     dataset: PairDataset, # for training
@@ -80,7 +80,7 @@ def training_terms(
     if hasattr(model, "training_terms"): return model.training_terms(before, after, loss)
     return {"loss": loss(model(before).float(), after)}
 
-# %% ../../nbs/training/02_loop.ipynb #c7353b53
+# %% ../../nbs/training/02_loop.ipynb #21d1e01b
 class TrainingDiverged(AutohdrError):
     "A loss or gradient stopped being finite."
 
@@ -93,7 +93,7 @@ def backward(
     "Add one batch's gradient."
     before, after = (batch[k].to(state.device, non_blocking=True) for k in ("before", "after"))
     with autocast(recipe.precision, state.device):
-        terms = training_terms(state.model, before, after, create_loss(recipe.loss))
+        terms = training_terms(state.model, before, after, lambda pred, target: state.loss(pred, target)[0])
     total = sum(terms.values())
     if not total.isfinite(): raise TrainingDiverged(f"the loss is {total.item()} at step {state.step + 1} (epoch {state.epoch + 1}), photos {', '.join(batch['name'])}")
     state.scaler.scale(total * share).backward()
@@ -121,12 +121,12 @@ def update(
     state.step += 1
     return norm.item()
 
-# %% ../../nbs/training/02_loop.ipynb #f92d31dc
+# %% ../../nbs/training/02_loop.ipynb #20c77e96
 def train_epoch(
     state: State,
     batches, # of training crops
     recipe: Recipe,
-) -> dict: # loss and further terms (means over photos), grad_norm (mean over updates)
+) -> dict: # loss and further terms of the model (means over photos), share of each term of a combined loss, grad_norm (mean over updates)
     "One pass over the training crops."
     state.model.train()
     batches, losses, norms = iter(batches), [], []
@@ -136,7 +136,8 @@ def train_epoch(
             n = len(batch["name"])
             losses += [backward(state, batch, n / len(names), recipe)] * n
         norms.append(update(state, recipe, names))
-    return {name: sum(terms[name] for terms in losses) / len(losses) for name in losses[0]} | dict(grad_norm=float(pd.Series(norms).mean()))
+    means, shares = {name: sum(terms[name] for terms in losses) / len(losses) for name in losses[0]}, state.loss.shares()
+    return means | {f"share_{name}": s for name, s in shares.items() if len(shares) > 1} | dict(grad_norm=float(pd.Series(norms).mean()))
 
 # %% ../../nbs/training/02_loop.ipynb #833c8f69
 @torch.no_grad()
@@ -157,7 +158,7 @@ def validate(
         rows.append((l1(pred, target), psnr(pred, target)))
     return dict(zip(("val_l1", "val_psnr"), (sum(r) / len(rows) for r in zip(*rows))))
 
-# %% ../../nbs/training/02_loop.ipynb #a75c16d7
+# %% ../../nbs/training/02_loop.ipynb #786cefbc
 def end_epoch(
     state: State,
     recipe: Recipe,
@@ -183,7 +184,8 @@ def epoch_line(
 ) -> str:
     "What is printed after an epoch."
     val = f"  val L1 {row['val_l1']:.4f}  PSNR {row['val_psnr']:.2f} dB" if "val_l1" in row else ""
-    return f"epoch {row['epoch']}/{epochs}  loss {row['loss']:.4f}{val}  grad {row['grad_norm']:.2f}  lr {row['lr']:.1e}  {row['seconds']:.1f} s"
+    shares = ", ".join(f"{name.removeprefix('share_')} {share:.0%}" for name, share in row.items() if name.startswith("share_"))
+    return f"epoch {row['epoch']}/{epochs}  loss {row['loss']:.4f}{f' ({shares})' if shares else ''}{val}  grad {row['grad_norm']:.2f}  lr {row['lr']:.1e}  {row['seconds']:.1f} s"
 
 # %% ../../nbs/training/02_loop.ipynb #260a1a6d
 def alike(
@@ -245,7 +247,16 @@ def first_state(
     for model in (state.model, state.ema.module): model.metadata = model.metadata | dict(pretraining=about)
     return state
 
-# %% ../../nbs/training/02_loop.ipynb #798fa3d1
+# %% ../../nbs/training/02_loop.ipynb #03fd17af
+def remember_look(
+    state: State,
+    pairs: pd.DataFrame, # the training split
+):
+    "Put the mean LAB histogram of the training edits into the model's metadata, as `reference`."
+    look = to_json(mean_histogram(list(pairs["after"])))
+    for model in (state.model, state.ema.module): model.metadata = model.metadata | dict(reference=look)
+
+# %% ../../nbs/training/02_loop.ipynb #8030eb53
 def train(
     recipe: Recipe,
     pairs: pd.DataFrame, # all of them; `select` says who trains
@@ -256,9 +267,10 @@ def train(
     run_dir, parts, print_id = Path(run_dir), select(pairs, recipe), fingerprint(pairs)
     n, file = len(parts["train"]), Path(run_dir)/"resume.pt"
     state = load_state(file, recipe, n, print_id) if file.exists() else first_state(recipe, parts, run_dir, pretrained)
+    if not state.epoch: remember_look(state, parts["train"])
     if state.epoch: print(f"going on after epoch {state.epoch}", flush=True)
     dataset = train_dataset(parts["train"], recipe)
-    val = PairDataset(parts["val"], size=recipe.size, squash=recipe.squash) if len(parts["val"]) else []
+    val = PairDataset(parts["val"], size=recipe.size, squash=recipe.squash, input_gamma=recipe.input_gamma) if len(parts["val"]) else []
     go_on = not (recipe.patience and state.since_best >= recipe.patience)
     while go_on and state.epoch < recipe.epochs:
         start, rate = time.monotonic(), state.optimiser.param_groups[0]["lr"]

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['RANGES', 'CHOICES', 'Recipe', 'as_number', 'check_field', 'check_crop_scale', 'updates_per_epoch', 'ema_weight']
 
-# %% ../../nbs/training/00_recipe.ipynb #f04b13d7
+# %% ../../nbs/training/00_recipe.ipynb #23ddafb9
 import math, re
 from dataclasses import dataclass, field, fields
 from ..core import AutohdrError, check_name
-from ..losses.pixel import LOSSES
+from ..losses.combined import loss_weights
 from ..models.weights import PUBLISHED
 from ..models.zoo import ARCHITECTURES, settings
 
-# %% ../../nbs/training/00_recipe.ipynb #d2c7dab1
+# %% ../../nbs/training/00_recipe.ipynb #fcdc1b31
 @dataclass
 class Recipe:
     "A training run."
@@ -34,9 +34,12 @@ class Recipe:
     repeats: int = 1             # passes over the training photos that make an epoch; more for few photos
     epoch_updates: int = 0       # updates that make an epoch, however many photos there are; 0: as many as the passes give
     flip: bool = True            # mirror at random
+    input_gamma: float = 1.0     # exponent on the input before the model sees it, in training and whenever the model is used; 1: none
     gamma_jitter: float = 0.0    # sd of the natural log of a random exponent on the input alone
     gain_jitter: float = 0.0     # sd of the natural log of random channel gains on the input alone
-    loss: str = "l1"             # a key of LOSSES
+    loss: str | dict = "l1"      # a loss or a combination that `list_losses` shows, or weights such as {"l1": 0.9, "vgg": 0.1}
+    loss_normalise: bool = False # divide each term of the loss by its first value, so that the weights are the shares they begin with
+    vgg_weights: str = ""        # file of VGG weights in torchvision's format, for a loss with vgg; empty: the cache, or a download
     lr: float = 1e-4             # peak learning rate of AdamW
     weight_decay: float = 0.02   # of AdamW
     warmup_epochs: int = 5       # linear warm-up, before the cosine
@@ -69,11 +72,11 @@ class Recipe:
         if self.base and {"base", "base_config"} & self.model_config.keys():
             raise AutohdrError(f"base is '{self.base}', a checkpoint that says what the base is, and model_config says it too; expected one of them")
 
-# %% ../../nbs/training/00_recipe.ipynb #963f7371
+# %% ../../nbs/training/00_recipe.ipynb #0f87bff6
 RANGES = dict(size=(16, 16384), crop=(0, 16384), repeats=(1, 10_000), epoch_updates=(0, 1_000_000), pretrain_epochs=(0, 100_000), pretrain_lr=(0, 1),
-              gamma_jitter=(0, 2), gain_jitter=(0, 1), lr=(1e-8, 1), weight_decay=(0, 10), warmup_epochs=(0, 10_000), epochs=(1, 100_000), batch_size=(1, 1024), accumulate=(1, 1024), clip=(0, 1e6), ema_decay=(0, 1), patience=(0, 100_000),
+              input_gamma=(0.1, 10), gamma_jitter=(0, 2), gain_jitter=(0, 1), lr=(1e-8, 1), weight_decay=(0, 10), warmup_epochs=(0, 10_000), epochs=(1, 100_000), batch_size=(1, 1024), accumulate=(1, 1024), clip=(0, 1e6), ema_decay=(0, 1), patience=(0, 100_000),
               val_every=(1, 100_000), folds=(0, 100), fold=(-1, 99), seed=(0, 2**32 - 1), split_seed=(0, 2**32 - 1), workers=(0, 128), threads=(0, 1024))
-CHOICES = dict(model=ARCHITECTURES, loss=LOSSES, precision=("fp32", "bf16", "fp16"))
+CHOICES = dict(model=ARCHITECTURES, precision=("fp32", "bf16", "fp16"))
 
 def as_number(
     value, # what YAML or a command line made of it
@@ -86,7 +89,7 @@ def as_number(
     if not math.isfinite(number): return None
     return number if kind is float else int(number) if number == int(number) else None
 
-# %% ../../nbs/training/00_recipe.ipynb #9823e6d7
+# %% ../../nbs/training/00_recipe.ipynb #5218d282
 def check_field(
     name: str, # a field of `Recipe`
     value, # for it
@@ -99,6 +102,9 @@ def check_field(
         low, high = RANGES[name]
         if not low <= number <= high: raise AutohdrError(f"{name} is {number}; expected {low} to {high}")
         return number
+    if name == "loss":
+        loss_weights(value)
+        return value # as it was written
     if kind is list and isinstance(value, tuple): value = list(value)
     if not isinstance(value, kind): raise AutohdrError(f"{name} is {value!r}; expected {kind.__name__}, such as {kind()!r}")
     if name in CHOICES: check_name(value, CHOICES[name], name)

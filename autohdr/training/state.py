@@ -6,12 +6,13 @@
 __all__ = ['PARTS', 'COUNTS', 'MAY_DIFFER', 'pick_device', 'autocast', 'make_schedule', 'make_ema', 'State', 'match_report',
            'overlap', 'starting_model', 'parameter_groups', 'new_state', 'save_state', 'load_state']
 
-# %% ../../nbs/training/01_state.ipynb #995addf0
+# %% ../../nbs/training/01_state.ipynb #736528fa
 from dataclasses import asdict, dataclass, field
 import pandas as pd, torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from torch.optim.swa_utils import AveragedModel
 from ..core import AutohdrError, atomic_path
+from ..losses.combined import CombinedLoss
 from ..models.weights import create_on_base, is_ours, load_weights, match_lines
 from ..models.zoo import create_model, read_metadata
 from .recipe import Recipe, ema_weight, updates_per_epoch
@@ -54,11 +55,12 @@ def make_ema(
     def average(old, new, n): torch._foreach_lerp_(old, new, 1 - ema_weight(decay, int(n)))
     return AveragedModel(model, multi_avg_fn=average)
 
-# %% ../../nbs/training/01_state.ipynb #f0d496d9
+# %% ../../nbs/training/01_state.ipynb #fa31db01
 @dataclass
 class State:
     "A training run between two epochs."
     model: torch.nn.Module
+    loss: CombinedLoss
     ema: AveragedModel
     optimiser: torch.optim.Optimizer
     schedule: object
@@ -104,7 +106,7 @@ def starting_model(
     if recipe.init: print(match_report(load_weights(model, recipe.init), recipe.init), flush=True)
     return model
 
-# %% ../../nbs/training/01_state.ipynb #91fa57c5
+# %% ../../nbs/training/01_state.ipynb #f3045770
 def parameter_groups(
     model: torch.nn.Module,
 ) -> list: # for an optimiser
@@ -129,10 +131,11 @@ def new_state(
     per_epoch = updates_per_epoch(recipe, photos)
     schedule = make_schedule(optimiser, recipe.warmup_epochs * per_epoch, recipe.epochs * per_epoch)
     scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
-    return State(model, make_ema(model, recipe.ema_decay), optimiser, schedule, scaler, device)
+    loss = CombinedLoss(recipe.loss, recipe.loss_normalise, recipe.vgg_weights).to(device)
+    return State(model, loss, make_ema(model, recipe.ema_decay), optimiser, schedule, scaler, device)
 
-# %% ../../nbs/training/01_state.ipynb #1aa91563
-PARTS = ("model", "ema", "optimiser", "schedule", "scaler")
+# %% ../../nbs/training/01_state.ipynb #e9c7cb3f
+PARTS = ("model", "ema", "optimiser", "schedule", "scaler", "loss")
 COUNTS = ("epoch", "step", "best", "since_best", "history")
 
 def save_state(
@@ -147,7 +150,7 @@ def save_state(
                  cuda_rng=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
     with atomic_path(path) as tmp: torch.save(data, tmp)
 
-# %% ../../nbs/training/01_state.ipynb #61ccf1e1
+# %% ../../nbs/training/01_state.ipynb #a23b0a73
 MAY_DIFFER = ("workers", "device") # fields that do not change what a run computes
 
 def load_state(
@@ -165,7 +168,8 @@ def load_state(
     if fingerprint != data["fingerprint"]: raise AutohdrError(f"{path}: the pairs have changed since this run began; use another run folder or delete it")
     state = new_state(recipe, photos, data["config"])
     for model in (state.model, state.ema.module): model.metadata = data["metadata"]
-    for k in PARTS: getattr(state, k).load_state_dict(data[k])
+    for k in PARTS:
+        if k in data: getattr(state, k).load_state_dict(data[k]) # an older version had no state of the loss
     for k in COUNTS: setattr(state, k, data[k])
     if data["threads"] != torch.get_num_threads():
         print(f"going on with {torch.get_num_threads()} CPU threads, not {data['threads']}: the weights will differ in their last digits from an uninterrupted run's", flush=True)
