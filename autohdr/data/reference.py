@@ -44,8 +44,8 @@ def from_lab(
     light = cv2.transform(_bent(roots, KNEE, 3, 3*KNEE**2), FROM_XYZ).clip(0, 1)
     return (_bent(light, .0031308, 1/2.4, 12.92/1.055)*np.float32(1.055) - np.float32(.055)).clip(0, 1)
 
-# %% ../../nbs/data/11_reference.ipynb #5b1c2e92
-STRIP = 1 << 16  # pixels; their three channels and a few copies fit a cache of a few megabytes
+# %% ../../nbs/data/11_reference.ipynb #370690fd
+STRIP = 1 << 18  # pixels; their three channels take 3 MB as float32
 
 def in_strips(
     function, # slice -> result
@@ -56,8 +56,8 @@ def in_strips(
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         return list(pool.map(function, [slice(i, min(i + step, number)) for i in range(0, number, step)]))
 
-# %% ../../nbs/data/11_reference.ipynb #8cb63568
-BINS = 2**14 + 1
+# %% ../../nbs/data/11_reference.ipynb #5a212179
+BINS = 2**16 + 1
 LOW, HIGH = np.array([0, -110, -110], np.float32), np.array([100, 110, 110], np.float32)  # of L, a, b
 
 def lab_histogram(
