@@ -73,15 +73,15 @@ def ssim(
     "One minus structural similarity."
     return ssim_terms(pred, target)[0].mean()
 
-# %% ../../nbs/losses/01_structure.ipynb #8dae3cac
+# %% ../../nbs/losses/01_structure.ipynb #853920db
 EXPONENTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333) # from fine to coarse
-FLOOR = 0.05 # similarity of a whole photo under which the logarithm goes on straight
+FLOOR = 0.05 # similarity of a whole photo from which on downwards it is replaced
 
 def floored_log(
     x: torch.Tensor, # up to 1
 ) -> torch.Tensor:
-    "The logarithm, continued by its tangent at `FLOOR`."
-    return torch.where(x > FLOOR, x.clamp(min=FLOOR).log(), x / FLOOR - 1 + math.log(FLOOR))
+    "The logarithm, for numbers below `FLOOR` that of what replaces them."
+    return torch.where(x > FLOOR, x.clamp(min=FLOOR).log(), 2 * math.log(FLOOR) - (2 * FLOOR - x).clamp(min=FLOOR).log())
 
 @photo_loss
 def ms_ssim(
@@ -90,11 +90,11 @@ def ms_ssim(
 ) -> torch.Tensor: # scalar, 0 for equal inputs, under 1
     "One minus multi-scale structural similarity."
     scales = min(len(EXPONENTS), max(1, (min(pred.shape[-2:]) // 11).bit_length())) # 11, 22, 44, 88, 176 pixels
-    total, logs = sum(EXPONENTS[:scales]), 0
+    scaled, logs = sum(EXPONENTS) / sum(EXPONENTS[:scales]), 0
     for i, exponent in enumerate(EXPONENTS[:scales]):
         if i: pred, target = F.avg_pool2d(pred, 2), F.avg_pool2d(target, 2)
         whole, contrast = ssim_terms(pred, target)
-        logs = logs + exponent / total * floored_log(1 - (whole if i == scales - 1 else contrast))
+        logs = logs + exponent * scaled * floored_log(1 - (whole if i == scales - 1 else contrast))
     return -torch.expm1(logs).mean()
 
 # %% ../../nbs/losses/01_structure.ipynb #d560ec72
