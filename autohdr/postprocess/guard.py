@@ -18,8 +18,8 @@ from ..data.windows import brightest
 from ..photo import fit
 from .tone import check_pixels
 
-# %% ../../nbs/postprocess/03_guard.ipynb #a6424236
-FLAT = .3 # of the local contrast: where less is left, detail counts as lost
+# %% ../../nbs/postprocess/03_guard.ipynb #bd1e8b2d
+FLAT = .4 # of the local contrast: where less is left, detail counts as lost
 
 def _contrast(grey):
     "Standard deviation in 7 x 7 pixels."
@@ -32,8 +32,8 @@ def lost(
     "How much became white or black, or was pressed flat beside it."
     was, now, had, has = brightest(before), brightest(after), _contrast(luma(before)), _contrast(luma(after))
     flat = (had > .003) & (has < FLAT*had)
-    white = (was < .9) & ((now >= .98) | ((now >= .9) & flat))
-    black = (was > .1) & ((now <= .02) | ((now <= .1) & flat))
+    white = (was < .9) & ((now >= .98) | ((now >= .85) & flat))
+    black = (was > .1) & ((now <= .02) | ((now <= .15) & flat))
     return float(white.mean()), float(black.mean())
 
 # %% ../../nbs/postprocess/03_guard.ipynb #63aacb3c
@@ -113,7 +113,7 @@ def _measure(views) -> dict:
     white, black = lost(*whole[0])
     return dict(highlights=white, shadows=black, sharpness=sharper(whole), detail=sharper(pieces)) | cast_beyond(*whole[0])
 
-# %% ../../nbs/postprocess/03_guard.ipynb #0f64aab9
+# %% ../../nbs/postprocess/03_guard.ipynb #4fa073ed
 def _flags(m, limits) -> list:
     "The faults in words with their figures."
     out = [f"lost {name}: {m[name]:.1%} of the photo became {colour} or flat, at most {getattr(limits, name):.1%} expected"
@@ -121,7 +121,7 @@ def _flags(m, limits) -> list:
     out += [f"blurred{where}: {m[name]:.0%} of the input's sharpness is left, at least {getattr(limits, name):.0%} expected"
             for name, where in (("sharpness", ""), ("detail", " at full size")) if m[name] < getattr(limits, name)]
     if m["cast"] > limits.cast:
-        out.append(f"colour cast: {m['cast']:.1f} ΔE beyond the input's, at most {limits.cast:.1f} expected (a* {m['a_after']:+.1f}, b* {m['b_after']:+.1f}; the input's cast is {m['cast_before']:.1f})")
+        out.append(f"colour cast: {m['cast']:.1f} ΔE beyond the input's, at most {limits.cast:.1f} expected (a* {m['a_after']:+.1f}, b* {m['b_after']:+.1f}, where the input's cast is {m['cast_before']:.1f})")
     return out
 
 def _checked(before, after) -> tuple:
