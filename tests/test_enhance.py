@@ -148,7 +148,7 @@ def test_an_interrupt_stops_what_has_not_begun(tmp_path, picture, model, monkeyp
     def interrupted(items, label):
         yield list(items)[0]
         raise KeyboardInterrupt
-    monkeypatch.setattr(en, "enhance_photo", slow)
+    monkeypatch.setattr(en, "edit_photo", slow)
     monkeypatch.setattr(en, "progress", interrupted)
     with pytest.raises(KeyboardInterrupt): enhance(tmp_path / "in", tmp_path / "out", model)
     assert len(begun) <= 4
