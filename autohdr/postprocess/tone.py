@@ -157,7 +157,16 @@ def boost_share(
     skin = _smooth(hue, *SKIN[:2])*(1 - _smooth(hue, *SKIN[2:]))*(1 - _smooth(saturation, .6, .8))*(red == most)
     return _smooth(saturation, .05, .15)*_smooth(most, .04, .16)*(1 - np.float32(1 - SKIN_SHARE)*skin)
 
-# %% ../../nbs/postprocess/00_tone.ipynb #75001fc8
+# %% ../../nbs/postprocess/00_tone.ipynb #12af49df
+def _calm_share(pixels) -> np.ndarray: # H x W
+    "What the surroundings of each pixel can take."
+    h, w = pixels.shape[:2]
+    side = min(1024, max(h, w))
+    size = [max(1, round(n*side/max(h, w))) for n in (w, h)]
+    small = cv2.GaussianBlur(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA), (0, 0), 1.5*side/1024)
+    return cv2.resize(boost_share(*cv2.split(small)), (w, h), interpolation=cv2.INTER_LINEAR)
+
+# %% ../../nbs/postprocess/00_tone.ipynb #8fd05063
 def _check_factor(factor) -> float:
     if isinstance(factor, bool) or not isinstance(factor, (int, float, np.number)) or not 0 <= factor <= 10:
         raise AutohdrError(f"The factor is {factor!r}, expected a number from 0 to 10; 1 changes nothing, 1.3 is a moderate boost.")
@@ -171,14 +180,15 @@ def boost_saturation(
     "Make colours stronger, but not skin, noise in the shadows, or what is nearly grey."
     pixels, gain, strength = check_pixels(pixels), _check_factor(factor) - 1, check_strength(strength)
     if gain*strength == 0: return pixels.copy()
-    flat = np.ascontiguousarray(pixels).reshape(-1, 1, 3)
+    pixels = np.ascontiguousarray(pixels)
+    flat, calm = pixels.reshape(-1, 1, 3), _calm_share(pixels).reshape(-1, 1)
     out = np.empty_like(flat)
     def boost(s):
         planes = cv2.split(flat[s])
         most = np.maximum(np.maximum(*planes[:2]), planes[2])
         chroma = most - np.minimum(np.minimum(*planes[:2]), planes[2])
         limit = most/np.maximum(chroma, np.float32(1e-6)) - 1  # what brings the smallest channel to 0
-        times = 1 + np.float32(strength)*np.minimum(np.float32(gain)*boost_share(*planes), np.maximum(limit, 0))
+        times = 1 + np.float32(strength)*np.minimum(np.float32(gain)*np.minimum(boost_share(*planes), calm[s]), np.maximum(limit, 0))
         out[s] = cv2.merge([np.maximum(most - (most - p)*times, 0) for p in planes])
     in_strips(boost, len(flat))
     return out.reshape(pixels.shape)
