@@ -75,7 +75,7 @@ def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run's 
     from autohdr.runs.page import render
     print(render(run_dir))
 
-# %% ../nbs/07_cli.ipynb #8b532818
+# %% ../nbs/07_cli.ipynb #86eff798
 def _steps(source, reference, default=None):
     "The checked steps of post-processing; `default` is the reference where none is given. None where no steps are asked for."
     from autohdr.postprocess.pipeline import read_steps
@@ -97,7 +97,8 @@ def _enhance_with_report(report, given):
     from autohdr.enhance import check_enhance
     _check_report_place(report, given["source"], given["out"])
     check_enhance(**given)
-    given = given | dict(photos=given["source"], out=Path(given["out"]).absolute(), steps=json.dumps(given["steps"]) if given["steps"] else "", bit_depth=given["bit_depth"] or 0, format=given["format"] or "")
+    given = given | {k: Path(given[k]).absolute() for k in ("source", "out", "model")} # a folder named samples is no word for the samples
+    given |= dict(photos=given["source"], steps=json.dumps(given["steps"]) if given["steps"] else "", bit_depth=given["bit_depth"] or 0, format=given["format"] or "")
     run_dir = _execute_into("enhance", [f"{k}={v}" for k, v in given.items() if k != "source"], report, report.absolute().name, True)
     print(f"Report: {run_dir/'report.html'}")
     return pd.read_csv(run_dir/"photos.csv")

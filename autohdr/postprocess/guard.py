@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FLAT', 'CELL', 'PIECE', 'PIECES', 'lost', 'sharper', 'cast_beyond', 'Limits', 'measure', 'check', 'fix']
 
-# %% ../../nbs/postprocess/03_guard.ipynb #e50afac2
+# %% ../../nbs/postprocess/03_guard.ipynb #9f0e1794
 from dataclasses import dataclass
 
 import cv2
@@ -13,7 +13,7 @@ import numpy as np
 
 from ..core import AutohdrError
 from ..data.alignment import luma
-from ..data.analysis import SIDE, cast, sharpness
+from ..data.analysis import SIDE, cast
 from ..data.windows import brightest
 from ..photo import fit
 from .tone import check_pixels
