@@ -1,21 +1,28 @@
 """Speed as ratios measured in one run, which mean the same on any machine: python -m tests.bench [part of a name]"""
+import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 import cv2
 import imagecodecs
 import numpy as np
 import torch
+from skimage.color import hsv2rgb, lab2rgb, rgb2hsv, rgb2lab
+from skimage.exposure import match_histograms
 
 from autohdr.data.analysis import measure_files, measure_pair
+from autohdr.data.reference import lab_histogram
 from autohdr.data.samples import sample_pairs
 from autohdr.inference.predict import predict
 from autohdr.models.hdrnet import slice_grid, slice_rows
 from autohdr.models.scan import Scan, naive_scan
 from autohdr.models.zoo import create_model
 from autohdr.photo import ADOBE_RGB, Photo, read_photo, resize, write_photo
+from autohdr.postprocess.tone import boost_saturation, match_histogram
+from autohdr.postprocess.windows import enhance_windows
 from tests.plain.darkir import DarkIR as PlainDarkIR
 from tests.plain.nafnet import NAFNet as PlainNAFNet
 from tests.plain.restormer import Restormer as PlainRestormer
@@ -198,7 +205,52 @@ def ssim_loss(folder):
     return f"SSIM and its gradient, 2 x 256 x 256: {theirs[0] / ours[0]:.1f} times as fast as torchmetrics in processor time, {theirs[1] / ours[1]:.1f} times in all ({ours[1] * 1e3:.0f} ms, {theirs[1] * 1e3:.0f} ms)"
 
 
-BENCHES = [ssim_loss, small_read, photo_in_and_out, wide_profile, analysis, grid_lookup, large_photo, nafnet, darkir, retinexformer, restormer_forward, restormer_training, selective_scan]
+def histogram_matching(folder):
+    "Both with the conversion to LAB and back, and with nothing else."
+    pixels, look = read_photo(large_jpeg(folder)).pixels, read_photo(sample_pairs().after[3]).pixels
+    reference, results = lab_histogram(look), {}
+
+    def ours():
+        results["ours"] = match_histogram(pixels, reference)
+
+    def sorting():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # colours that cannot be shown
+            results["sorting"] = lab2rgb(match_histograms(rgb2lab(pixels), rgb2lab(look), channel_axis=-1))
+
+    (cpu, wall), (plain_cpu, plain_wall) = in_turn(ours, sorting, repeat=1)
+    apart = np.abs(results["ours"] - results["sorting"])
+    return (f"Histogram matching at 24 megapixels: {plain_cpu / cpu:.1f} times as fast as skimage.exposure.match_histograms in CPU time ({cpu:.2f} s, {plain_cpu:.2f} s), "
+            f"{plain_wall / wall:.1f} times in wall time ({wall:.2f} s, {plain_wall:.2f} s), both from RGB through LAB to RGB; largest difference {apart.max() * 255:.2f}/255, mean {apart.mean() * 255:.3f}/255")
+
+
+def saturation(folder):
+    pixels = read_photo(large_jpeg(folder)).pixels
+
+    def plain():
+        hsv = rgb2hsv(pixels)
+        hsv[..., 1] = np.minimum(1.3 * hsv[..., 1], 1)
+        return hsv2rgb(hsv)
+
+    (cpu, wall), (plain_cpu, plain_wall) = in_turn(lambda: boost_saturation(pixels), plain, repeat=1)
+    return (f"Saturation at 24 megapixels: with skin, greys and noise protected {plain_cpu / cpu:.1f} times as fast as skimage's HSV and back without, in CPU time "
+            f"({cpu:.2f} s, {plain_cpu:.2f} s), {plain_wall / wall:.1f} times in wall time ({wall:.2f} s, {plain_wall:.2f} s)")
+
+
+def windows_step(folder):
+    "Detection and enhancement; the peak is that of a fresh process, over the photo and what was loaded before."
+    path = large_jpeg(folder)
+    after = cv2.resize(read_photo(sample_pairs().after[1]).pixels, (6000, 4000), interpolation=cv2.INTER_LINEAR)
+    codec, step = fastest(lambda: write_photo(Path(folder) / "copy.jpg", read_photo(path)), 2), fastest(lambda: enhance_windows(after), 2)
+    code = ("import cv2; from autohdr.data.samples import sample_pairs; from autohdr.photo import read_photo; from autohdr.postprocess.windows import enhance_windows\n"
+            "after = read_photo(sample_pairs().after[1]).pixels; enhance_windows(after); after = cv2.resize(after, (6000, 4000), interpolation=cv2.INTER_LINEAR)\n"
+            "peak = lambda: int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])  # in kB; ru_maxrss is inherited from the parent\n"
+            "before = peak(); enhance_windows(after); print((peak() - before) / 2**20)")
+    over = float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+    return f"windows of 24 megapixels: finding and enhancing takes {step / codec:.1f} times as long as reading and writing the JPEG ({step:.2f} s, {codec:.2f} s), and {over:.2f} GiB over the photo"
+
+
+BENCHES = [ssim_loss, small_read, photo_in_and_out, wide_profile, analysis, histogram_matching, saturation, windows_step, grid_lookup, large_photo, nafnet, darkir, retinexformer, restormer_forward, restormer_training, selective_scan]
 
 if __name__ == "__main__":
     for bench in BENCHES:
