@@ -138,7 +138,7 @@ def match_histogram(
     _matched(np.ascontiguousarray(pixels).reshape(-1, 1, 3), out.reshape(-1, 1, 3), reference, strength)
     return out
 
-# %% ../../nbs/postprocess/00_tone.ipynb #1473a84d
+# %% ../../nbs/postprocess/00_tone.ipynb #488716fc
 SKIN, SKIN_SHARE = (-.1, .1, .53, .73), .25  # hues of skin in sixths of a turn: -6 to 44 degrees, fully from 6 to 32; and the share of the boost that they get
 
 def _smooth(x, start: float, end: float):
@@ -154,7 +154,7 @@ def boost_share(
     chroma = most - least
     saturation = chroma/np.maximum(most, np.float32(1e-6))
     hue = (green - blue)/np.maximum(chroma, np.float32(1e-6))  # of what has more red than anything else
-    skin = _smooth(hue, *SKIN[:2])*(1 - _smooth(hue, *SKIN[2:]))*(1 - _smooth(saturation, .6, .8))*(red == most)
+    skin = _smooth(hue, *SKIN[:2])*(1 - _smooth(hue, *SKIN[2:]))*(1 - _smooth(saturation, .75, .9))*(red == most)
     return _smooth(saturation, .05, .15)*_smooth(most, .04, .16)*(1 - np.float32(1 - SKIN_SHARE)*skin)
 
 # %% ../../nbs/postprocess/00_tone.ipynb #12af49df
