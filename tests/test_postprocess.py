@@ -32,7 +32,7 @@ from tests.toys import COMMAND
 REAL = Path(__file__).parents[2] / "shared" / "data" / "pairs"
 SAMPLES = sample_pairs()
 PHOTOS = arrays(np.float32, st.tuples(st.integers(1, 24), st.integers(1, 24), st.just(3)), elements=st.floats(0, 1, width=32))
-QUICK = settings(max_examples=25, deadline=None)
+QUICK = settings(max_examples=12, deadline=None)
 LOOK = lab_histogram(read_photo(SAMPLES.after[12]).pixels)
 ALL = [dict(step="histogram", reference=LOOK), "saturation", "windows"]
 
