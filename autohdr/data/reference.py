@@ -16,41 +16,54 @@ import numpy as np
 from ..core import AutohdrError, each
 from ..photo import read_photo
 
-# %% ../../nbs/data/11_reference.ipynb #691c9bdb
+# %% ../../nbs/data/11_reference.ipynb #68c621ee
 XYZ = np.array([[.412453, .357580, .180423], [.212671, .715160, .072169], [.019334, .119193, .950227]]) / [[.95047], [1], [1.08883]]  # linear sRGB to XYZ over D65
 FROM_XYZ = np.linalg.inv(XYZ)
 LAB = np.array([[0, 116, 0, -16], [500, -500, 0, 0], [0, 200, -200, 0]], float)  # ISO/CIE 11664-4, of the cube roots of X, Y and Z
 FROM_LAB = np.array([[1/116, 1/500, 0, 16/116], [1/116, 0, 0, 16/116], [1/116, 0, -1/200, 16/116]])
 KNEE = 6/29  # cube root below which LAB's curve is straight
 
-def _bent(x, knee, power, slope):
-    "x**power above the knee, a line of this slope below."
-    high = cv2.pow(np.maximum(x, np.float32(knee)).reshape(1, -1), power).reshape(x.shape)
-    return high + np.minimum(x - np.float32(knee), np.float32(0))*np.float32(slope)
+def _bend(x, knee, power, slope):
+    "In place: x**power above the knee, a line of this slope below."
+    low = np.minimum(x, np.float32(knee))
+    low -= np.float32(knee)
+    low *= np.float32(slope)
+    np.maximum(x, np.float32(knee), out=x)
+    flat = x.reshape(1, -1)
+    cv2.pow(flat, power, flat)
+    x += low
 
 def _padded(x):
-    "As N x 1 x 3 with up to 127 pixels more: OpenCV rounds the last few of an array differently, which don't fill the processor's registers."
-    x = np.ascontiguousarray(x, np.float32).reshape(-1, 1, 3)
+    "A copy as N x 1 x 3 with up to 127 pixels more: OpenCV rounds the last few of an array differently, which don't fill the processor's registers."
+    x = np.asarray(x, np.float32).reshape(-1, 1, 3)
     return np.concatenate([x, x[:1].repeat(64 + -len(x) % 64, 0)])
 
-# %% ../../nbs/data/11_reference.ipynb #87972a7f
+# %% ../../nbs/data/11_reference.ipynb #83348cbd
 def to_lab(
     pixels, # H x W x 3 float32 in [0,1], sRGB-encoded
 ) -> np.ndarray: # H x W x 3 float32: L in [0,100], a, b
     "CIE LAB under D65."
-    light = _bent((_padded(pixels) + np.float32(.055))*np.float32(1/1.055), .09545/1.055, 2.4, 1.055/12.92)  # IEC 61966-2-1
-    lab = cv2.transform(_bent(cv2.transform(light, XYZ), KNEE**3, 1/3, KNEE**-2/3), LAB)
-    return lab[:pixels.size//3].reshape(pixels.shape)
+    x = _padded(pixels)
+    x += np.float32(.055)
+    x *= np.float32(1/1.055)
+    _bend(x, .09545/1.055, 2.4, 1.055/12.92)  # IEC 61966-2-1
+    roots = cv2.transform(x, XYZ)
+    _bend(roots, KNEE**3, 1/3, KNEE**-2/3)
+    return cv2.transform(roots, LAB, x)[:pixels.size//3].reshape(pixels.shape)
 
 def from_lab(
     lab, # H x W x 3 float32
 ) -> np.ndarray: # H x W x 3 float32 in [0,1], sRGB-encoded
     "Pixels of these colours; what a screen cannot show is clipped."
-    roots = cv2.transform(_padded(lab), FROM_LAB)
+    x = _padded(lab)
+    roots = cv2.transform(x, FROM_LAB)
     np.maximum(roots[..., 2], 0, out=roots[..., 2])  # no negative Z, as in scikit-image
-    light = cv2.transform(_bent(roots, KNEE, 3, 3*KNEE**2), FROM_XYZ).clip(0, 1)
-    pixels = (_bent(light, .0031308, 1/2.4, 12.92/1.055)*np.float32(1.055) - np.float32(.055)).clip(0, 1)
-    return pixels[:lab.size//3].reshape(lab.shape)
+    _bend(roots, KNEE, 3, 3*KNEE**2)
+    x = cv2.transform(roots, FROM_XYZ, x).clip(0, 1, out=x)
+    _bend(x, .0031308, 1/2.4, 12.92/1.055)
+    x *= np.float32(1.055)
+    x -= np.float32(.055)
+    return x.clip(0, 1, out=x)[:lab.size//3].reshape(lab.shape)
 
 # %% ../../nbs/data/11_reference.ipynb #370690fd
 STRIP = 1 << 18  # pixels; their three channels take 3 MB as float32
@@ -64,7 +77,7 @@ def in_strips(
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         return list(pool.map(function, [slice(i, min(i + step, number)) for i in range(0, number, step)]))
 
-# %% ../../nbs/data/11_reference.ipynb #5a212179
+# %% ../../nbs/data/11_reference.ipynb #994e41e0
 BINS = 2**16 + 1
 LOW, HIGH = np.array([0, -110, -110], np.float32), np.array([100, 110, 110], np.float32)  # of L, a, b
 
@@ -76,8 +89,9 @@ def lab_histogram(
         raise AutohdrError(f"No histogram of an array of shape {pixels.shape}: expected H x W x 3 with finite values in [0,1].")
     flat = np.ascontiguousarray(pixels, np.float32).reshape(-1, 1, 3)
     def count(s):
-        bins = np.rint((to_lab(flat[s]) - LOW)*((BINS - 1)/(HIGH - LOW))).clip(0, BINS - 1).astype(np.intp)
-        return np.stack([np.bincount(bins[:, 0, c], minlength=BINS) for c in range(3)])
+        planes = to_lab(flat[s])[:, 0].T - LOW[:, None]
+        planes *= ((BINS - 1)/(HIGH - LOW))[:, None]
+        return np.stack([np.bincount(np.rint(p).clip(0, BINS - 1).astype(np.intp), minlength=BINS) for p in planes])
     return sum(in_strips(count, len(flat)))/len(flat)
 
 # %% ../../nbs/data/11_reference.ipynb #7a12987d

@@ -38,7 +38,7 @@ def check_strength(
         raise AutohdrError(f"The strength is {strength!r}, expected a number from 0 (the photo as it is) to 1 (the whole step).")
     return float(strength)
 
-# %% ../../nbs/postprocess/00_tone.ipynb #ea2f7d59
+# %% ../../nbs/postprocess/00_tone.ipynb #4e09b9d0
 CELLS, NODES = 1 << 18, 1 << 12  # cells of the table; pieces of the line that lays them out
 
 def _warp(
@@ -53,11 +53,16 @@ def _warp(
 
 def _to_cells(values, warp) -> np.ndarray: # float32 in [0, CELLS)
     low, scale, start, step = warp
-    at = (values - low)*scale
-    node = at.astype(np.int32)
-    return (at - node.astype(np.float32))*step.take(node) + start.take(node)
+    cells = values - low
+    cells *= scale
+    node = np.floor(cells)
+    cells -= node
+    node = node.astype(np.int32)
+    cells *= step.take(node)
+    cells += start.take(node)
+    return cells
 
-# %% ../../nbs/postprocess/00_tone.ipynb #ed8fc9d4
+# %% ../../nbs/postprocess/00_tone.ipynb #24d6b20a
 def _curve(
     counts, # CELLS integers: pixels in each cell
     tops, # CELLS float32: the greatest value in it, as the distance from its middle, in cells
@@ -73,11 +78,14 @@ def _curve(
     return middle, slopes
 
 def _apply(cells, curve) -> np.ndarray:
+    middle, slope = curve
     cell = np.rint(cells)
-    middle, slope = (t.take(cell.astype(np.int32)) for t in curve)
-    return middle + (cells - cell)*slope
+    rest, cell = cells - cell, cell.astype(np.int32)
+    rest *= slope.take(cell)
+    rest += middle.take(cell)
+    return rest
 
-# %% ../../nbs/postprocess/00_tone.ipynb #d4ebb91b
+# %% ../../nbs/postprocess/00_tone.ipynb #c61fa072
 FLAT = .01  # spread of a channel below which all its pixels are the same, LAB units: greys alone have up to 0.005 in b
 
 def _planes(out, s): return out.reshape(-1)[3*s.start:3*s.stop].reshape(3, -1)
@@ -110,7 +118,7 @@ def _matched(flat, out, reference, strength):
     curves = [_curve(counts[c], tops[c], reference[c], c) if warps[c] else None for c in range(3)]
     def finish(s):
         lab = [p if curve is None else _apply(p, curve) for p, curve in zip(_planes(out, s), curves)]
-        pixels = from_lab(np.stack(lab, -1)[:, None])
+        pixels = from_lab(cv2.merge(lab).reshape(-1, 1, 3))
         out[s] = pixels if strength == 1 else flat[s] + np.float32(strength)*(pixels - flat[s])
     in_strips(finish, len(flat))
 
