@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AutohdrError', 'check_name', 'atomic_path', 'write_text', 'write_csv', 'write_json', 'file_hash', 'progress', 'each',
-           'cache_folder']
+           'cache_folder', 'as_number']
 
 # %% ../nbs/00_core.ipynb #b61f67df
 import contextlib, hashlib, json, math, os, sys, tempfile, time
@@ -138,3 +138,15 @@ def cache_folder() -> Path:
     "Where things are kept that can be had again: $AUTOHDR_CACHE, or autohdr in $XDG_CACHE_HOME, or in ~/.cache."
     if own := os.environ.get("AUTOHDR_CACHE"): return Path(own).expanduser().absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute()/"autohdr"
+
+# %% ../nbs/00_core.ipynb #250f003c
+def as_number(
+    value, # what YAML or a command line made of it
+    kind: type, # int or float
+): # the number, or None when `value` is not one of that kind
+    "`value` as an int or float; text such as '1e-4' counts, True does not, and 2.5 is no int."
+    if isinstance(value, bool): return None
+    try: number = float(value)
+    except (TypeError, ValueError): return None
+    if not math.isfinite(number): return None
+    return number if kind is float else int(number) if number == int(number) else None

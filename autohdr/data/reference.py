@@ -6,9 +6,9 @@
 __all__ = ['XYZ', 'FROM_XYZ', 'LAB', 'FROM_LAB', 'KNEE', 'STRIP', 'BINS', 'LOW', 'HIGH', 'POINTS', 'to_lab', 'from_lab',
            'in_strips', 'lab_histogram', 'values_at', 'mean_histogram', 'reference_of', 'to_json', 'from_json']
 
-# %% ../../nbs/data/11_reference.ipynb #16e83074
+# %% ../../nbs/data/11_reference.ipynb #a4100f6b
 from concurrent.futures import ThreadPoolExecutor
-import os
+import os, threading
 
 import cv2
 import numpy as np
@@ -105,7 +105,7 @@ def values_at(
     sums = np.cumsum(row[filled])
     return np.interp(shares, sums/sums[-1], np.linspace(LOW[channel], HIGH[channel], len(row))[filled])
 
-# %% ../../nbs/data/11_reference.ipynb #a4fad17b
+# %% ../../nbs/data/11_reference.ipynb #2ab12f98
 def mean_histogram(
     files, # paths of photos, such as the edits of the training pairs
     long_side: int = 512, # at which they are read, px
@@ -113,7 +113,12 @@ def mean_histogram(
     "The mean of photos' LAB histograms."
     files = list(dict.fromkeys(map(str, files)))
     if not files: raise AutohdrError("No photos to take a reference look from: the list of files is empty.")
-    return sum(each(lambda file: lab_histogram(read_photo(file, long_side=long_side).pixels), files, "Reading the reference look").values())/len(files)
+    total, lock = np.zeros((3, BINS)), threading.Lock()
+    def add(file):
+        one = lab_histogram(read_photo(file, long_side=long_side).pixels)
+        with lock: np.add(total, one, out=total) # one array, however many photos
+    each(add, files, "Reading the reference look")
+    return total/len(files)
 
 # %% ../../nbs/data/11_reference.ipynb #3752bb70
 def reference_of(

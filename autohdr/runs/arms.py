@@ -20,7 +20,7 @@ from ..training.loop import train
 from ..training.recipe import Recipe
 from ..training.state import pick_device
 
-# %% ../../nbs/runs/05_arms.ipynb #4bd83575
+# %% ../../nbs/runs/05_arms.ipynb #5f3eaee9
 def check_seeds(
     folds: int, # of the cross-validation
     seeds: list, # one training of every arm and fold with each
@@ -45,7 +45,7 @@ def run_arms(
                 file = Path(folder)/f"fold{k}_seed{seed}_{hashlib.sha256(key.encode()).hexdigest()[:12]}.csv"
                 if not file.exists():
                     with contextlib.redirect_stdout(io.StringIO()): write_csv(file, train_and_score(k, seed, arm)) # a line per training is enough
-                scores = pd.read_csv(file, dtype={"name": str}, keep_default_na=False).assign(fold=k, seed=seed, arm=arm)
+                scores = pd.read_csv(file, dtype={"name": str}, keep_default_na=False, na_values=[""]).assign(fold=k, seed=seed, arm=arm) # a score may be missing: no window, no score in it
                 print(f"fold {k + 1} of {folds}, seed {seed}, {arm}: L1 {scores.l1.mean():.4f} on {len(scores)} photos, {time.monotonic() - start:.0f} s", flush=True)
                 results.append(scores)
     return pd.concat(results, ignore_index=True)

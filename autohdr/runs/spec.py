@@ -15,7 +15,7 @@ import nbformat, yaml
 import autohdr
 from ..core import AutohdrError, check_name
 
-# %% ../../nbs/runs/00_spec.ipynb #9b2c6c33
+# %% ../../nbs/runs/00_spec.ipynb #4c98ba71
 @dataclass
 class Parameter:
     "One line of a parameters cell."
@@ -32,8 +32,9 @@ def _comments(source: str) -> dict[int, str]:
 
 def _kind(default, annotation) -> str:
     "The type that values must have, from the annotation or else from the default."
-    hint = ast.unparse(annotation) if annotation is not None else type(default).__name__
-    outer = [re.match(r"\w*", part.strip())[0] for part in re.sub(r"Optional\[(.*)\]", r"\1", hint).split("|")] # list[int] counts as list
+    hint = ast.unparse(annotation).strip("'\"") if annotation is not None else type(default).__name__ # papermill knows unions in quotes only
+    hint = re.sub(r"^Union\[(.*)\]$", lambda m: m[1].replace(",", "|"), re.sub(r"^Optional\[(.*)\]$", r"\1", hint))
+    outer = [re.match(r"\w*", part.strip())[0] for part in hint.split("|")] # list[int] counts as list
     found = [{"tuple": "list"}.get(k, k) for k in outer if k in ("bool", "int", "float", "str", "list", "tuple", "dict")]
     return " or ".join(found) or "any"
 

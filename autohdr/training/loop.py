@@ -256,7 +256,7 @@ def remember_look(
     look = to_json(mean_histogram(list(pairs["after"])))
     for model in (state.model, state.ema.module): model.metadata = model.metadata | dict(reference=look)
 
-# %% ../../nbs/training/02_loop.ipynb #8030eb53
+# %% ../../nbs/training/02_loop.ipynb #efb31a89
 def train(
     recipe: Recipe,
     pairs: pd.DataFrame, # all of them; `select` says who trains
@@ -267,7 +267,7 @@ def train(
     run_dir, parts, print_id = Path(run_dir), select(pairs, recipe), fingerprint(pairs)
     n, file = len(parts["train"]), Path(run_dir)/"resume.pt"
     state = load_state(file, recipe, n, print_id) if file.exists() else first_state(recipe, parts, run_dir, pretrained)
-    if not state.epoch: remember_look(state, parts["train"])
+    if "reference" not in state.ema.module.metadata: remember_look(state, parts["train"])
     if state.epoch: print(f"going on after epoch {state.epoch}", flush=True)
     dataset = train_dataset(parts["train"], recipe)
     val = PairDataset(parts["val"], size=recipe.size, squash=recipe.squash, input_gamma=recipe.input_gamma) if len(parts["val"]) else []

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'COUNTS', 'MAY_DIFFER', 'pick_device', 'autocast', 'make_schedule', 'make_ema', 'State', 'match_report',
-           'overlap', 'starting_model', 'parameter_groups', 'new_state', 'save_state', 'load_state']
+           'overlap', 'check_input', 'starting_model', 'parameter_groups', 'new_state', 'save_state', 'load_state']
 
 # %% ../../nbs/training/01_state.ipynb #736528fa
 from dataclasses import asdict, dataclass, field
@@ -82,7 +82,7 @@ def match_report(
     if share < 0.5: raise AutohdrError(f"{path}: only {share:.1%} of the model's parameters are in it; start from a checkpoint of the same architecture and configuration")
     return f"{path}: {match_lines(table)}"
 
-# %% ../../nbs/training/01_state.ipynb #f0c87c09
+# %% ../../nbs/training/01_state.ipynb #4710aac2
 def overlap(
     source, # of a base or of starting weights
     recipe: Recipe,
@@ -96,12 +96,23 @@ def overlap(
                     "its scores will flatter it")
     return ""
 
+def check_input(
+    source, # of a base or of starting weights
+    recipe: Recipe,
+):
+    "A base that learnt from photos of another gamma can't stand under this model; starting weights can adapt, with a word of warning."
+    then = (read_metadata(source) if is_ours(source) else {}).get("recipe", {}).get("input_gamma", 1.)
+    if then == recipe.input_gamma: return
+    if source == recipe.base: raise AutohdrError(f"base {source} was trained with input_gamma {then:g}, this recipe has {recipe.input_gamma:g}; give the recipe the same")
+    print(f"careful: {source} was trained with input_gamma {then:g}, this recipe has {recipe.input_gamma:g}", flush=True)
+
 def starting_model(
     recipe: Recipe,
 ) -> torch.nn.Module: # on the CPU
     "The model that a recipe starts from; says what was taken from which file."
     for source in {recipe.base, recipe.init} - {""}:
         if warning := overlap(source, recipe): print(warning, flush=True)
+        check_input(source, recipe)
     model = create_on_base(recipe.model, recipe.base, **recipe.model_config) if recipe.base else create_model(recipe.model, **recipe.model_config)
     if recipe.init: print(match_report(load_weights(model, recipe.init), recipe.init), flush=True)
     return model
