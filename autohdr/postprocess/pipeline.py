@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['STEPS', 'RANGES', 'step_settings', 'read_steps', 'load_reference', 'ready', 'check_strength', 'postprocess']
 
-# %% ../../nbs/postprocess/02_pipeline.ipynb #861d1c89
+# %% ../../nbs/postprocess/02_pipeline.ipynb #78380ada
 import inspect, math, os
+from functools import partial
 from pathlib import Path
 
 import numpy as np, yaml
@@ -16,9 +17,9 @@ from ..data.reference import from_json, reference_of
 from .tone import boost_saturation, check_pixels, match_histogram
 from .windows import enhance_windows
 
-# %% ../../nbs/postprocess/02_pipeline.ipynb #11e69e46
-STEPS = {"histogram": match_histogram, "saturation": boost_saturation, "windows": enhance_windows} # in the study's order
-RANGES = {"strength": (0, 1), "factor": (0, 10), "saturation": (0, 10), "contrast": (0, 10)}
+# %% ../../nbs/postprocess/02_pipeline.ipynb #ab6950cc
+STEPS = {"histogram": partial(match_histogram, limit=2.), "saturation": boost_saturation, "windows": enhance_windows} # in the study's order
+RANGES = {"strength": (0, 1), "limit": (1, 1e6), "factor": (0, 10), "saturation": (0, 10), "contrast": (0, 10)}
 
 def step_settings(
     name: str, # a key of `STEPS`
