@@ -75,7 +75,7 @@ def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run's 
     from autohdr.runs.page import render
     print(render(run_dir))
 
-# %% ../nbs/07_cli.ipynb #86eff798
+# %% ../nbs/07_cli.ipynb #5818c669
 def _steps(source, reference, default=None):
     "The checked steps of post-processing; `default` is the reference where none is given. None where no steps are asked for."
     from autohdr.postprocess.pipeline import read_steps
@@ -99,11 +99,11 @@ def _enhance_with_report(report, given):
     check_enhance(**given)
     given = given | {k: Path(given[k]).absolute() for k in ("source", "out", "model")} # a folder named samples is no word for the samples
     given |= dict(photos=given["source"], steps=json.dumps(given["steps"]) if given["steps"] else "", bit_depth=given["bit_depth"] or 0, format=given["format"] or "")
-    run_dir = _execute_into("enhance", [f"{k}={v}" for k, v in given.items() if k != "source"], report, report.absolute().name, True)
+    run_dir = _execute_into("enhance", [f"{k}={v}" for k, v in given.items() if k not in ("source", "gamma")], report, report.absolute().name, True)
     print(f"Report: {run_dir/'report.html'}")
     return pd.read_csv(run_dir/"photos.csv")
 
-# %% ../nbs/07_cli.ipynb #57456ff7
+# %% ../nbs/07_cli.ipynb #ce48601e
 @app.command()
 def enhance(
     source: Annotated[Path, typer.Argument(metavar="PHOTO-OR-FOLDER", help="A photo, or a folder of them, searched with its sub-folders.")],
@@ -120,13 +120,14 @@ def enhance(
     reference: Annotated[Optional[Path], typer.Option(help="For the histogram step: a photo or a checkpoint; the model's own training edits if left out.")] = None,
     strength: Annotated[Optional[float], typer.Option(min=0, max=1, help="Of the post-processing.")] = None,
     report: Annotated[Optional[Path], typer.Option(metavar="FOLDER", help="Make a report in this folder: flagged photos first, with sliders and figures.")] = None,
+    gamma: Annotated[Optional[float], typer.Option(help="Exponent on the photo before the model. Only the one that it was trained with is taken, and that comes by itself.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace edits that are there already.")] = False,
 ):
     "Edit photographs with a trained model, at full size, metadata kept. A photo that fails doesn't stop the rest."
     from autohdr.enhance import enhance as edit
     if postprocess is None and (reference or strength is not None): raise AutohdrError("--reference and --strength are of the post-processing: say --postprocess, too.")
     given = dict(source=source, out=out, model=model, format=format, overwrite=overwrite, device=device, guard=guard, steps=_steps(postprocess, reference, model),
-                 strength=1. if strength is None else strength, method=method, quality=quality, subsampling=subsampling, bit_depth=bit_depth)
+                 strength=1. if strength is None else strength, gamma=gamma, method=method, quality=quality, subsampling=subsampling, bit_depth=bit_depth)
     table = _enhance_with_report(report, given) if report else edit(**given)
     if (table.status == "failed").any(): raise typer.Exit(1)
 

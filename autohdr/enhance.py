@@ -6,7 +6,7 @@
 __all__ = ['GUARDS', 'OUTPUTS', 'WRITING', 'edit_photo', 'enhance_photo', 'plan_outputs', 'check_enhance', 'enhance',
            'postprocess_folder']
 
-# %% ../nbs/05_enhance.ipynb #78024ca8
+# %% ../nbs/05_enhance.ipynb #4aae30c8
 import os, threading, time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 
 from .core import AutohdrError, check_name, progress
-from .inference.predict import METHODS, predict
+from .inference.predict import METHODS, check_gamma, predict
 from .models.zoo import load_model, read_metadata
 from .photo import FORMATS, MAX_PIXELS, check_encoding, find_photos, is_photo, read_photo, write_photo
 from .postprocess.guard import check, fix
@@ -167,9 +167,9 @@ def _report(table, out):
     for row in flagged.itertuples(): print(f"FLAGGED {row.path}: {_findings([row.flags], row.blend)}")
     for row in table[table["status"] == "failed"].itertuples(): print(f"FAILED {row.path if row.path not in row.error else ''} {row.error}")
 
-# %% ../nbs/05_enhance.ipynb #dd0b1de0
+# %% ../nbs/05_enhance.ipynb #6c7d7d3a
 def check_enhance(
-    source, out, model, format=None, overwrite=False, device="auto", guard="flag", steps=None, strength=1., # as for `enhance`
+    source, out, model, format=None, overwrite=False, device="auto", guard="flag", steps=None, strength=1., gamma=None, # as for `enhance`
     **settings, # as for `enhance`
 ):
     "Refuse what `enhance` would refuse, without loading the model."
@@ -178,7 +178,7 @@ def check_enhance(
     check_strength(strength)
     photos, base = _find(source, out)
     plan_outputs(photos, base, out, format)
-    if isinstance(model, (str, os.PathLike)): read_metadata(model)
+    check_gamma(read_metadata(model) if isinstance(model, (str, os.PathLike)) else model.metadata, gamma)
     if steps: ready(steps, model)
 
 def enhance(
@@ -191,10 +191,11 @@ def enhance(
     guard: str = "flag", # flag edits that have gone wrong, fix them by blending with the input, or off
     steps=None, # post-processing, see `autohdr.postprocess.pipeline.read_steps`; the model's own look is the reference unless one is named
     strength: float = 1., # of the post-processing
+    gamma: float | None = None, # exponent on the photo before the model: only the one that the model was trained with is taken, and that comes by itself
     **settings, # method, tta as for `predict`; quality, subsampling, bit_depth, max_pixels as for `edit_photo`
 ) -> pd.DataFrame: # a row per photo: path, out, status (edited, skipped, failed), flags, blend (share of the edit), seconds (waiting for its turn included), error
     "Edit every photograph at full size; the originals are only read."
-    check_enhance(source, out, model, format, overwrite, device, guard, steps, strength, **settings)
+    check_enhance(source, out, model, format, overwrite, device, guard, steps, strength, gamma, **settings)
     predicting = {k: settings.pop(k) for k in ("method", "tta") if k in settings}
     make_edit = lambda: _editor(_loaded(model, device), steps=steps, strength=strength, **predicting)
     return _edit_all(source, out, make_edit, format, overwrite, guard, settings, "Editing")

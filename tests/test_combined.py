@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from autohdr.cli import main
 from autohdr.core import AutohdrError
 from autohdr.data.reference import mean_histogram, to_json
 from autohdr.losses.combined import ABOUT, COMBINATIONS, FEATURES, LOSSES, CombinedLoss, list_losses, loss_weights
@@ -188,7 +189,7 @@ def test_the_checkpoint_remembers_the_training_edits_and_no_other(folder, tmp_pa
     assert kept == ours != all_of_them and len(json.dumps(kept)) < 20_000
 
 
-def test_the_gamma_of_a_recipe_is_part_of_its_model(folder, tmp_path):
+def test_the_gamma_of_a_recipe_is_part_of_its_model(folder, tmp_path, capsys):
     """Validation while training and evaluation afterwards see the same input."""
     recipe = Recipe(pairs=str(folder), epochs=2, input_gamma=0.5, **TINY)
     pairs = load_pairs(recipe)[0]
@@ -202,6 +203,14 @@ def test_the_gamma_of_a_recipe_is_part_of_its_model(folder, tmp_path):
         predict(model, pixels, gamma=0.66)
     with pytest.raises(AutohdrError, match="input gamma of 1 is refused"):
         predict(model, pixels, gamma=1.0)
+    command = ["enhance", str(folder / "before"), "--model", str(tmp_path / "model.safetensors"), "--out", str(tmp_path / "edited"), "--gamma"]
+    with pytest.raises(SystemExit) as stopped:
+        main([*command, "0.66"])
+    assert stopped.value.code == 1 and not (tmp_path / "edited").exists(), "before the first photo"
+    assert "input gamma of 0.66 is refused" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        main([*command, "0.5"])
+    assert not stopped.value.code and len(list((tmp_path / "edited").iterdir())) == 8
 
 
 def test_recipes_with_a_wrong_loss_are_refused():

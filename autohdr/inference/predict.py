@@ -59,19 +59,19 @@ def predict_small(
     copy = lifted(resize(pixels, size, size) if squash else fit(pixels, size), gamma) # in the order of the training photos
     return transfer_edit(lifted(pixels, gamma), copy, to_pixels(run_model(model, to_tensor(copy), tta)))
 
-# %% ../../nbs/inference/02_predict.ipynb #67f6c289
+# %% ../../nbs/inference/02_predict.ipynb #dfa3f3b5
 def check_gamma(
-    model: torch.nn.Module, # its .metadata may tell the recipe
+    metadata: dict, # of a model or a checkpoint; may tell the recipe
     gamma: float | None, # exponent that somebody wants on the input; None: whatever the model wants
 ) -> float: # the exponent that the model was trained with
     "The exponent for a model's input; any other than it was trained with is refused."
-    trained = model.metadata.get("recipe", {}).get("input_gamma", 1.)
+    trained = metadata.get("recipe", {}).get("input_gamma", 1.)
     if gamma is None or gamma == trained: return trained
     how = f"with input_gamma {trained:g}" if trained != 1 else "on photos as they are"
     raise AutohdrError(f"an input gamma of {gamma:g} is refused: this model was trained {how}, and brightening its input moves it away from all that it has seen (the study measured twice the error). "
                        f"Leave gamma out, or train a model with input_gamma {gamma:g}")
 
-# %% ../../nbs/inference/02_predict.ipynb #fd943845
+# %% ../../nbs/inference/02_predict.ipynb #7558726c
 def predict(
     model: torch.nn.Module, # in evaluation mode, as `load_model` gives it
     pixels: np.ndarray, # H x W x 3 in [0,1], sRGB-encoded
@@ -86,7 +86,7 @@ def predict(
     check_name(method, METHODS, "method")
     if tta is None: tta = model.metadata.get("recipe", {}).get("tta", False)
     if method == "auto": method = choose_method(model, *pixels.shape[:2])
-    pixels, gamma = pixels.astype(np.float32, copy=False), check_gamma(model, gamma)
+    pixels, gamma = pixels.astype(np.float32, copy=False), check_gamma(model.metadata, gamma)
     if method == "small": return predict_small(model, pixels, tta, gamma)
     run, x = lambda t: run_model(model, t, tta), to_tensor(lifted(pixels, gamma))
     return to_pixels(predict_tiled(run, x, tile, overlap) if method == "tiles" else run(x))
