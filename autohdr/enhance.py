@@ -139,7 +139,7 @@ def _run(plan, attempt, label) -> list:
         return [w.result() for w in progress(waiting, label)]
     finally: pool.shutdown(cancel_futures=True)  # when interrupted, what has not begun does not begin
 
-# %% ../nbs/05_enhance.ipynb #90a414c4
+# %% ../nbs/05_enhance.ipynb #018d7309
 WRITING = ("quality", "subsampling", "bit_depth", "max_pixels")
 
 def _check_settings(known, settings, guard):
@@ -147,6 +147,7 @@ def _check_settings(known, settings, guard):
     for name in settings: check_name(name, known, "setting")
     check_name(guard, GUARDS, "guard")
     check_encoding(settings.get("quality", 95), settings.get("subsampling", "4:4:4"))
+    if settings.get("bit_depth") not in (None, 8, 16): raise AutohdrError(f"bit depth is {settings['bit_depth']}, expected 8 or 16; left out, each photo keeps its own.")
 
 def _edit_all(source, out, make_edit, format, overwrite, guard, settings, label) -> pd.DataFrame:
     "Edit every photo of a folder with the function that `make_edit` gives."

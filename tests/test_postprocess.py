@@ -241,8 +241,29 @@ def test_a_worse_fault_keeps_less_and_loose_limits_keep_all():
 # In a folder
 
 
+SPOILT = {"black": lambda a: a * 0, "white": lambda a: a * 0 + 1, "flat": lambda a: a * 0 + 0.5, "bright": lambda a: (2 * a).clip(0, 1), "crushed": lambda a: ((a - 0.35) / 0.65).clip(0, 1)}
+
+
+@pytest.mark.parametrize("spoil", SPOILT)
+def test_what_is_fixed_passes_as_a_file_too(tmp_path, spoil):
+    """Eight bits and JPEG tip nothing over the edge, and nothing nearly black or flat passes for a photo."""
+    for i in (3, 12, 30):
+        before, after = (read_photo(SAMPLES[c][i]).pixels for c in ("before", "after"))
+        fixed, share = fix(before, SPOILT[spoil](after).astype(np.float32))
+        for name in ("a.png", "a.jpg"):
+            assert not check(before, read_photo(write_photo(tmp_path / name, fixed)).pixels), (i, name)
+        assert share < 0.8 or spoil == "crushed"
+
+
+def test_a_repair_of_a_black_edit_is_no_black_photo():
+    white = np.ones((60, 80, 3), np.float32)
+    assert fix(white, white * 0)[0].min() > 0.9 and fix(white / 2, white * 0)[0].min() > 0.4
+
+
 def test_flags_reach_the_table_and_the_terminal(tmp_path, capsys):
-    for i in (3, 12): shutil.copy(SAMPLES.before[i], tmp_path / "in" / f"{i}.jpg") if (tmp_path / "in").mkdir(exist_ok=True) is None else None
+    (tmp_path / "in").mkdir()
+    for i in (3, 12):
+        shutil.copy(SAMPLES.before[i], tmp_path / "in" / f"{i}.jpg")
     table = enhance(tmp_path / "in", tmp_path / "a", Times(3))
     said = capsys.readouterr().out
     assert table["flags"].str.contains("lost highlights").all() and (table["blend"] == 1).all() and said.count("FLAGGED") == 2 and "% of the photo became white" in said
@@ -250,7 +271,8 @@ def test_flags_reach_the_table_and_the_terminal(tmp_path, capsys):
     table = enhance(tmp_path / "in", tmp_path / "b", Times(3), guard="fix")
     assert (table["blend"] < 1).all() and "blended back" in capsys.readouterr().out
     fixed, before = read_photo(tmp_path / "b" / "3.jpg").pixels, read_photo(tmp_path / "in" / "3.jpg").pixels
-    assert np.abs(fixed - (before + table["blend"][0] * (raw - before))).mean() < 0.01
+    share = table.set_index("path")["blend"][str(tmp_path / "in" / "3.jpg")]
+    assert np.abs(fixed - (before + share * (raw - before))).mean() < 0.01
     table = enhance(tmp_path / "in", tmp_path / "c", Times(3), guard="off")
     assert (table["flags"] == "").all() and "FLAGGED" not in capsys.readouterr().out
     assert (tmp_path / "a" / "3.jpg").read_bytes() == (tmp_path / "c" / "3.jpg").read_bytes(), "flagging changes nothing"

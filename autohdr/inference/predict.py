@@ -6,9 +6,9 @@
 __all__ = ['METHODS', 'run_model', 'to_tensor', 'to_pixels', 'choose_method', 'training_size', 'lifted', 'predict_small',
            'check_gamma', 'predict']
 
-# %% ../../nbs/inference/02_predict.ipynb #8935a031
+# %% ../../nbs/inference/02_predict.ipynb #c60f46b4
 import numpy as np, torch
-from ..core import AutohdrError, check_name
+from ..core import AutohdrError, as_number, check_name
 from .fullres import transfer_edit
 from .tiles import predict_tiled
 from ..photo import fit, resize
@@ -59,17 +59,19 @@ def predict_small(
     copy = lifted(resize(pixels, size, size) if squash else fit(pixels, size), gamma) # in the order of the training photos
     return transfer_edit(lifted(pixels, gamma), copy, to_pixels(run_model(model, to_tensor(copy), tta)))
 
-# %% ../../nbs/inference/02_predict.ipynb #dfa3f3b5
+# %% ../../nbs/inference/02_predict.ipynb #c111d44c
 def check_gamma(
     metadata: dict, # of a model or a checkpoint; may tell the recipe
     gamma: float | None, # exponent that somebody wants on the input; None: whatever the model wants
 ) -> float: # the exponent that the model was trained with
     "The exponent for a model's input; any other than it was trained with is refused."
     trained = metadata.get("recipe", {}).get("input_gamma", 1.)
-    if gamma is None or gamma == trained: return trained
+    if gamma is None: return trained
+    if as_number(gamma, float) is None: raise AutohdrError(f"the input gamma is {gamma!r}; expected a number, or none, which means the one that the model was trained with")
+    if float(gamma) == trained: return trained
     how = f"with input_gamma {trained:g}" if trained != 1 else "on photos as they are"
-    raise AutohdrError(f"an input gamma of {gamma:g} is refused: this model was trained {how}, and brightening its input moves it away from all that it has seen (the study measured twice the error). "
-                       f"Leave gamma out, or train a model with input_gamma {gamma:g}")
+    raise AutohdrError(f"an input gamma of {float(gamma):g} is refused: this model was trained {how}, and brightening its input moves it away from all that it has seen (the study measured twice the error). "
+                       f"Leave gamma out, or train a model with input_gamma {float(gamma):g}")
 
 # %% ../../nbs/inference/02_predict.ipynb #7558726c
 def predict(

@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['STEPS', 'RANGES', 'step_settings', 'read_steps', 'load_reference', 'ready', 'check_strength', 'postprocess']
 
-# %% ../../nbs/postprocess/02_pipeline.ipynb #78380ada
-import inspect, math, os
+# %% ../../nbs/postprocess/02_pipeline.ipynb #57786494
+import inspect, os
 from functools import partial
 from pathlib import Path
 
 import numpy as np, yaml
 
-from ..core import AutohdrError, check_name
+from ..core import AutohdrError, as_number, check_name
 from ..data.reference import from_json, reference_of
-from .tone import boost_saturation, check_pixels, match_histogram
+from .tone import boost_saturation, check_pixels, check_reference, match_histogram
 from .windows import enhance_windows
 
 # %% ../../nbs/postprocess/02_pipeline.ipynb #ab6950cc
@@ -28,12 +28,12 @@ def step_settings(
     known = inspect.signature(STEPS[check_name(name, STEPS, "post-processing step")]).parameters
     return {k: p.default for k, p in known.items() if k not in ("pixels", "mask")}
 
-# %% ../../nbs/postprocess/02_pipeline.ipynb #7d248766
+# %% ../../nbs/postprocess/02_pipeline.ipynb #b19a24d6
 def _check_number(name, key, value):
-    "A setting within its range."
-    low, high = RANGES[key]
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not low <= value <= high:
-        raise AutohdrError(f"Step '{name}': {key} is {value!r}, expected a number from {low} to {high}.")
+    "A setting within its range, as a number."
+    (low, high), number = RANGES[key], as_number(value, float)
+    if number is None or not low <= number <= high: raise AutohdrError(f"Step '{name}': {key} is {value!r}, expected a number from {low} to {high:g}.")
+    return number
 
 def _check_step(number, step, reference, base) -> dict:
     "One step as a dict with everything in it known; a relative path of a reference starts from `base`."
@@ -44,7 +44,7 @@ def _check_step(number, step, reference, base) -> dict:
     known = step_settings(name)
     given = {k: v for k, v in step.items() if k != "step"}
     for key, value in given.items():
-        if check_name(key, known, f"setting of {name}") != "reference": _check_number(name, key, value)
+        if check_name(key, known, f"setting of {name}") != "reference": given[key] = _check_number(name, key, value)
     return dict(step=name, **given) | (_check_reference(given.get("reference", reference), base) if "reference" in known else {})
 
 def _check_reference(reference, base) -> dict:
@@ -56,45 +56,49 @@ def _check_reference(reference, base) -> dict:
 
 def _absolute(place, base): return str(Path(base, Path(place).expanduser()).absolute()) if isinstance(place, (str, os.PathLike)) else place
 
-# %% ../../nbs/postprocess/02_pipeline.ipynb #d9804ca5
+# %% ../../nbs/postprocess/02_pipeline.ipynb #d40131e9
 def read_steps(
     source, # a list of steps, 'all', names with commas ('saturation,windows'), a YAML file, or YAML such as '[{step: saturation, factor: 1.2}]'
     reference=None, # for histogram steps that name none: a photo, a checkpoint, a model with metadata, or a histogram
 ) -> list: # of dicts: step and the settings that were given; references as absolute paths
     "A pipeline with everything in it checked; nothing is opened but the YAML file."
-    base, reference = Path.cwd(), _absolute(reference, Path.cwd())
+    base, reference, place = Path.cwd(), _absolute(reference, Path.cwd()), ""
     if isinstance(source, os.PathLike) or (isinstance(source, str) and source.lower().endswith((".yaml", ".yml"))):
-        source, base = _read_yaml(Path(source).expanduser()), Path(source).expanduser().absolute().parent
+        place, source, base = f"{source}: ", _read_yaml(Path(source).expanduser()), Path(source).expanduser().absolute().parent
     elif isinstance(source, str) and source.strip()[:1] in ("[", "-", "{"): source = _parse_yaml(source, "the post-processing")
-    elif isinstance(source, str): source = list(STEPS) if source == "all" else [n.strip() for n in source.split(",")]
+    elif isinstance(source, str): source = list(STEPS) if source == "all" else [n.strip() for n in source.split(",") if n.strip()]
     steps = [source] if isinstance(source, dict) else source
-    if not isinstance(steps, (list, tuple)) or not len(steps): raise AutohdrError(f"The post-processing is {steps!r}; expected a list of steps: {', '.join(STEPS)}.")
-    return [_check_step(i, step, reference, base) for i, step in enumerate(steps, 1)]
+    if not isinstance(steps, (list, tuple)) or not len(steps): raise AutohdrError(f"{place}The post-processing is {steps!r}; expected a list of steps: {', '.join(STEPS)}; or the one word all.")
+    try: return [_check_step(i, step, reference, base) for i, step in enumerate(steps, 1)]
+    except AutohdrError as e: raise AutohdrError(f"{place}{e}") from None
 
 def _read_yaml(path):
     "The content of a YAML file."
     if not path.is_file(): raise AutohdrError(f"{path}: there is no such file of post-processing steps.")
-    return _parse_yaml(path.read_text(encoding="utf-8"), path)
+    try: return _parse_yaml(path.read_text(encoding="utf-8"), path)
+    except (UnicodeDecodeError, OSError) as e: raise AutohdrError(f"{path}: can't be read as text ({type(e).__name__}); expected a YAML file of post-processing steps.") from e
 
 def _parse_yaml(text, what):
     "YAML, or an error that says where it breaks."
     try: return yaml.safe_load(text)
     except yaml.YAMLError as e: raise AutohdrError(f"{what} can't be read as YAML: {e}") from None
 
-# %% ../../nbs/postprocess/02_pipeline.ipynb #16183d17
+# %% ../../nbs/postprocess/02_pipeline.ipynb #a328ebc4
 def load_reference(
     source, # a photo's path, a checkpoint's path, a model with metadata, or a histogram, which is given back
 ):  # LAB histogram as `autohdr.data.reference` makes it
     "The look to match."
     if hasattr(source, "metadata"): return _stored(source.metadata, "this model")
-    if not isinstance(source, (str, os.PathLike)): return source
+    if not isinstance(source, (str, os.PathLike)): return check_reference(source)
     if Path(source).suffix.lower() != ".safetensors": return reference_of(source)
     from autohdr.models.zoo import read_metadata # torch: only where it is needed
     return _stored(read_metadata(source), source)
 
 def _stored(metadata, what):
     "The histogram that training stored."
-    if "reference" in metadata: return from_json(metadata["reference"])
+    try:
+        if "reference" in metadata: return from_json(metadata["reference"])
+    except AutohdrError as e: raise AutohdrError(f"{what}: {e}") from None
     raise AutohdrError(f"{what}: holds no reference, the mean histogram of its training edits: it was trained by an older version, or not at all. "
                        "Train it again, or give a photo whose look shall be matched: --reference PHOTO, or 'reference: PHOTO' in the step's settings.")
 

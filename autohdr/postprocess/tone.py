@@ -107,7 +107,7 @@ def _apply(cells, curve) -> np.ndarray:
     rest += middle.take(cell)
     return rest
 
-# %% ../../nbs/postprocess/00_tone.ipynb #00e394d6
+# %% ../../nbs/postprocess/00_tone.ipynb #e0929ec3
 FLAT = .01  # spread of a channel below which all its pixels are the same, LAB units: greys alone have up to 0.005 in b
 
 def _planes(out, s): return out.reshape(-1)[3*s.start:3*s.stop].reshape(3, -1)
@@ -122,7 +122,7 @@ def _count(out, part, warps):
             planes[c] = _to_cells(planes[c], warp)
             cell = np.rint(planes[c])
             index = cell.astype(np.intp)
-            np.add.at(counts[c], index, 1)
+            counts[c] += np.bincount(index, minlength=CELLS)
             np.maximum.at(tops[c], index, planes[c] - cell)
     return counts, tops
 
