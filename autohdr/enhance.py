@@ -6,7 +6,7 @@
 __all__ = ['GUARDS', 'OUTPUTS', 'WRITING', 'edit_photo', 'enhance_photo', 'plan_outputs', 'check_enhance', 'enhance',
            'postprocess_folder']
 
-# %% ../nbs/05_enhance.ipynb #4aae30c8
+# %% ../nbs/05_enhance.ipynb #a04b9ec0
 import os, threading, time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +20,8 @@ from .inference.predict import METHODS, check_gamma, predict
 from .models.zoo import load_model, read_metadata
 from .photo import FORMATS, MAX_PIXELS, check_encoding, find_photos, is_photo, read_photo, write_photo
 from .postprocess.guard import check, fix
-from .postprocess.pipeline import check_strength, postprocess, ready
+from .postprocess.pipeline import postprocess, ready
+from .postprocess.tone import check_strength
 from .training.state import pick_device
 
 # %% ../nbs/05_enhance.ipynb #87ae4a17

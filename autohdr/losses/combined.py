@@ -6,9 +6,10 @@
 __all__ = ['LOSSES', 'FEATURES', 'TITLES', 'COMBINATIONS', 'ABOUT', 'FIRST', 'create_loss', 'loss_weights', 'list_losses',
            'CombinedLoss']
 
-# %% ../../nbs/losses/05_combined.ipynb #c77ab3a0
+# %% ../../nbs/losses/05_combined.ipynb #ecbf898f
 import warnings
 import pandas as pd, torch
+from fastcore.basics import patch
 from torch import nn
 from ..core import AutohdrError, as_number, check_name
 from . import colour, pixel, regions, structure
@@ -71,7 +72,7 @@ def list_losses() -> pd.DataFrame: # indexed by name: what, terms, missing
     rows |= {n: dict(what=ABOUT[n], terms=" + ".join(f"{w:g} {t}" for t, w in terms.items()), missing=next((missing[t] for t in terms if missing.get(t)), "")) for n, terms in COMBINATIONS.items()}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("loss")
 
-# %% ../../nbs/losses/05_combined.ipynb #fa395de6
+# %% ../../nbs/losses/05_combined.ipynb #99c4e118
 FIRST = 10 # calls
 
 class CombinedLoss(nn.Module):
@@ -103,21 +104,24 @@ class CombinedLoss(nn.Module):
         self.sums += torch.stack(list(terms.values())).detach().to(self.sums.dtype)
         return sum(terms.values()), terms
 
-    def _first_values(self, values):
-        "The mean of each term over the first calls, bounded below; without waiting for the device."
-        kept, begun = [getattr(self, f"first_{name}") for name in self.weights], self.calls < FIRST
-        self.calls += begun
-        for old, value in zip(kept, values): old += begun * (value.to(old.dtype) - old) / self.calls
-        first = torch.stack(kept)
-        return torch.where(first.amax() > 0, first.clamp(min=first.amax() / 100), 1)
+# %% ../../nbs/losses/05_combined.ipynb #03b2de07
+@patch
+def _first_values(self: CombinedLoss, values):
+    "The mean of each term over the first calls, bounded below; without waiting for the device."
+    kept, begun = [getattr(self, f"first_{name}") for name in self.weights], self.calls < FIRST
+    self.calls += begun
+    for old, value in zip(kept, values): old += begun * (value.to(old.dtype) - old) / self.calls
+    first = torch.stack(kept)
+    return torch.where(first.amax() > 0, first.clamp(min=first.amax() / 100), 1)
 
-    def shares(self) -> dict: # name to share of the sum, in [0,1]
-        "Mean share of each term since the last call; warns of a term that drowns the others."
-        total = self.sums.sum().item()
-        shares = {name: s / total if total > 0 else float("nan") for name, s in zip(self.weights, self.sums.tolist())}
-        self.sums.zero_()
-        for name, share in shares.items():
-            if len(shares) > 1 and share > self.dominant and name not in self.warned:
-                self.warned.add(name)
-                warnings.warn(f"the loss '{name}' is {share:.0%} of the sum, so the other terms ({', '.join(n for n in shares if n != name)}) hardly count; change the weights{'' if self.normalise else ', or normalise'}", stacklevel=2)
-        return shares
+@patch
+def shares(self: CombinedLoss) -> dict: # name to share of the sum, in [0,1]
+    "Mean share of each term since the last call; warns of a term that drowns the others."
+    total = self.sums.sum().item()
+    shares = {name: s / total if total > 0 else float("nan") for name, s in zip(self.weights, self.sums.tolist())}
+    self.sums.zero_()
+    for name, share in shares.items():
+        if len(shares) > 1 and share > self.dominant and name not in self.warned:
+            self.warned.add(name)
+            warnings.warn(f"the loss '{name}' is {share:.0%} of the sum, so the other terms ({', '.join(n for n in shares if n != name)}) hardly count; change the weights{'' if self.normalise else ', or normalise'}", stacklevel=2)
+    return shares

@@ -62,7 +62,7 @@ def _to_cells(values, warp) -> np.ndarray: # float32 in [0, CELLS)
     cells += start.take(node)
     return cells
 
-# %% ../../nbs/postprocess/00_tone.ipynb #1a8196a3
+# %% ../../nbs/postprocess/00_tone.ipynb #6fa53591
 KNOTS = 64 # straight pieces of a limited curve
 
 def _gentle(
@@ -80,6 +80,7 @@ def _values(cells, warp): # the inverse of `_to_cells`
     low, scale, start, step = warp
     return low + np.interp(cells, np.r_[start, start[-1] + step[-1]], np.arange(NODES + 1))/scale
 
+# %% ../../nbs/postprocess/00_tone.ipynb #0e367551
 def _curve(
     counts, # CELLS integers: pixels in each cell
     tops, # CELLS float32: the greatest value in it, as the distance from its middle, in cells
