@@ -123,3 +123,8 @@ def test_scores_before_and_after_processing_are_apart(pre_post):
     assert photos.notna().all().all() and set(scores.updates) == {2}
     assert (photos["none"] != photos["post only"]).mean() > 0.9 and (photos["none"] != photos["gamma before"]).all()
     assert scores.groupby("name").fold.nunique().max() == 1
+
+
+@pytest.mark.parametrize("post", ["saturation", "all", "[{step: saturation, factor: 1.1}]"])
+def test_post_processing_is_named_not_looked_for_as_a_file(post):
+    assert make_spec(str(STUDIES / "pre_post.yaml"), [f"post={post}"]).parameters["post"] == post
