@@ -17,7 +17,7 @@ class BuildWithNotebooks(build_py):
 
     def run(self):
         super().run()
-        for source, pattern in (("nbs/experiments", "*.ipynb"), ("papermill_runs/recipes", "*.yaml"), ("papermill_runs/studies", "*.yaml")):
+        for source, pattern in (("nbs/experiments", "*.ipynb"), ("papermill_runs/recipes", "*.yaml"), ("papermill_runs/studies", "*.yaml"), ("papermill_runs/slurm", "*.yaml")):
             for file in sorted(Path(source).glob(pattern)):
                 self.copy_file(str(file), str(self._target(source) / file.name))
 

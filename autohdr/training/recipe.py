@@ -13,7 +13,7 @@ from ..losses.combined import loss_weights
 from ..models.weights import PUBLISHED
 from ..models.zoo import ARCHITECTURES, settings
 
-# %% ../../nbs/training/00_recipe.ipynb #fcdc1b31
+# %% ../../nbs/training/00_recipe.ipynb #8bd9fee7
 @dataclass
 class Recipe:
     "A training run."
@@ -23,6 +23,8 @@ class Recipe:
     model: str = "hdrnet"        # a name that `list_models` shows
     model_config: dict = field(default_factory=dict)  # its settings, such as {"width": 8}
     init: str = ""               # checkpoint to start from, or published:NAME; empty: fresh weights
+    freeze: list = field(default_factory=list)  # patterns of parameter names that do not learn, such as ["encoder*", "patch_embed.*"]
+    lr_factors: dict = field(default_factory=dict)  # pattern of parameter names to the factor of their learning rate, such as {"refinement.*": 0.1}; the first that matches counts
     base: str = ""               # checkpoint, or published:NAME, of the frozen model that controlnet_restormer or color_refiner stands on; empty: fresh weights
     pretrain_pairs: str = ""     # pairs to learn from first: a folder, a CSV table, or 'samples'; photos that judge the run are left out; empty: none
     pretrain_epochs: int = 0     # passes over them, at most
@@ -56,6 +58,8 @@ class Recipe:
     fold: int = -1               # hold this fold out as test photos; -1: use the split column
     seed: int = 0                # of weights, crops and order
     workers: int = 0             # processes that decode; the numbers are the same for any
+    processes: int = 1           # that share each batch, through accelerate: a GPU each, or processes of a CPU; batch_size is of each, so two make twice the batch
+    fit_memory: str = "warn"     # what to do when the predicted peak of memory does not fit: warn, or auto: recompute activations and split the batches
     threads: int = 0             # CPU threads of torch; 0: as many as it likes
     device: str = "auto"         # auto (a GPU if there is one), cpu, cuda, cuda:1, mps
 
@@ -72,11 +76,11 @@ class Recipe:
         if self.base and {"base", "base_config"} & self.model_config.keys():
             raise AutohdrError(f"base is '{self.base}', a checkpoint that says what the base is, and model_config says it too; expected one of them")
 
-# %% ../../nbs/training/00_recipe.ipynb #84489da7
+# %% ../../nbs/training/00_recipe.ipynb #134f6d06
 RANGES = dict(size=(16, 16384), crop=(0, 16384), repeats=(1, 10_000), epoch_updates=(0, 1_000_000), pretrain_epochs=(0, 100_000), pretrain_lr=(0, 1),
               input_gamma=(0.1, 10), gamma_jitter=(0, 2), gain_jitter=(0, 1), lr=(1e-8, 1), weight_decay=(0, 10), warmup_epochs=(0, 10_000), epochs=(1, 100_000), batch_size=(1, 1024), accumulate=(1, 1024), clip=(0, 1e6), ema_decay=(0, 1), patience=(0, 100_000),
-              val_every=(1, 100_000), folds=(0, 100), fold=(-1, 99), seed=(0, 2**32 - 1), split_seed=(0, 2**32 - 1), workers=(0, 128), threads=(0, 1024))
-CHOICES = dict(model=ARCHITECTURES, precision=("fp32", "bf16", "fp16"))
+              val_every=(1, 100_000), folds=(0, 100), fold=(-1, 99), seed=(0, 2**32 - 1), split_seed=(0, 2**32 - 1), workers=(0, 128), threads=(0, 1024), processes=(1, 64))
+CHOICES = dict(model=ARCHITECTURES, precision=("fp32", "bf16", "fp16"), fit_memory=("warn", "auto"))
 
 # %% ../../nbs/training/00_recipe.ipynb #5218d282
 def check_field(
