@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['Parameter', 'read_parameters', 'check_value', 'parse_override', 'is_path', 'resolve_path', 'shipped', 'find_recipe',
-           'read_recipe', 'Spec', 'command', 'new_name', 'make_spec']
+           'check_resources', 'read_recipe', 'Spec', 'to_json', 'from_json', 'command', 'new_name', 'make_spec',
+           'missing_inputs', 'inputs']
 
-# %% ../../nbs/runs/00_spec.ipynb #dccd5d7c
-import ast, dataclasses, difflib, io, re, secrets, shlex, tokenize
+# %% ../../nbs/runs/00_spec.ipynb #c726ba7a
+import ast, contextlib, dataclasses, difflib, hashlib, io, json, os, re, secrets, shlex, tokenize
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 import nbformat, yaml
 import autohdr
-from ..core import AutohdrError, check_name
+from ..core import AutohdrError, cache_folder, check_name, each, file_hash, write_text
+from ..photo import is_photo
 
 # %% ../../nbs/runs/00_spec.ipynb #4c98ba71
 @dataclass
@@ -112,8 +114,8 @@ def resolve_path(
     there = sorted(f.name for f in path.parent.iterdir()) if path.parent.is_dir() else []
     raise AutohdrError(f"Parameter '{p.name}': there is no file or folder {path}." + (f" In {path.parent} there are: {', '.join(there[:8])}." if there else ""))
 
-# %% ../../nbs/runs/00_spec.ipynb #3ee06a5f
-_KEYS = ("notebook", "study", "about", "parameters", "smoke")
+# %% ../../nbs/runs/00_spec.ipynb #9b2aea91
+_KEYS = ("notebook", "study", "about", "parameters", "smoke", "resources")
 
 def shipped(
     kind: str, # 'experiments' (notebooks) or 'recipes'
@@ -136,10 +138,25 @@ def find_recipe(
     hint = f"There is a shipped one named '{near[0]}'." if near else f"Shipped ones: {', '.join(known)}."
     raise AutohdrError(f"There is no recipe file {path.absolute()}. {hint}")
 
-# %% ../../nbs/runs/00_spec.ipynb #562927d5
+# %% ../../nbs/runs/00_spec.ipynb #1cec9988
+_RESOURCES = dict(gpus=(r"\d+", "a number of GPUs, such as 1"), cpus=(r"[1-9]\d*", "a number of CPU cores, such as 8"), memory=(r"[1-9]\d*[MGT]", "main memory, such as 32G"),
+                  time=(r"(\d+-)?\d+:[0-5]\d:[0-5]\d", "hours, minutes and seconds in quotes, such as '12:00:00'"))
+
+def check_resources(
+    given: dict | None, # gpus, cpus, memory, time
+    file, # where they stand
+) -> dict:
+    "What a recipe asks a cluster for; unknown keys and odd values are errors."
+    if not isinstance(given or {}, dict): raise AutohdrError(f"{file}: 'resources' must hold lines such as 'memory: 32G', not {given!r}.")
+    for key, value in (given or {}).items():
+        pattern, words = _RESOURCES[check_name(key, _RESOURCES, f"resource in {file}:")]
+        if not re.fullmatch(pattern, str(value)): raise AutohdrError(f"{file}: the resource '{key}' is {value!r}; expected {words}.")
+    return dict(given or {})
+
+# %% ../../nbs/runs/00_spec.ipynb #7a7cd026
 def read_recipe(
     file: Path, # a recipe's YAML
-) -> dict: # notebook (Path), study, about, parameters, smoke
+) -> dict: # notebook (Path), study, about, parameters, smoke, resources
     "Read a recipe and find its notebook."
     try: recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as e: raise AutohdrError(f"{file} can't be read as YAML: {e}") from None
@@ -149,12 +166,13 @@ def read_recipe(
     for key in ("parameters", "smoke"):
         recipe[key] = recipe.get(key) or {}
         if not isinstance(recipe[key], dict): raise AutohdrError(f"{file}: '{key}' must hold lines such as 'epochs: 5', not {recipe[key]!r}.")
+    recipe["resources"] = check_resources(recipe.get("resources"), file)
     name, known = str(recipe["notebook"]), shipped("experiments")
     notebook = (file.parent/name).absolute() if name.endswith(".ipynb") else known[check_name(name, known, "notebook")]
     if not notebook.is_file(): raise AutohdrError(f"{file}: there is no notebook {notebook}.")
     return recipe | dict(notebook=notebook)
 
-# %% ../../nbs/runs/00_spec.ipynb #76a18ac0
+# %% ../../nbs/runs/00_spec.ipynb #5b7af7cf
 @dataclass
 class Spec:
     "A run, ready to start."
@@ -164,8 +182,18 @@ class Spec:
     parameters: dict # every parameter of the notebook, save run_dir, which the run fills in
     recipe: str      # what was asked for: a recipe's name or file
     about: str = ""
-    overrides: dict = field(default_factory=dict) # what the command line changed
+    overrides: dict = field(default_factory=dict) # what the command line or a study changed
     smoke: bool = False
+    resources: dict = field(default_factory=dict) # what the recipe asks a cluster for
+    axes: dict = field(default_factory=dict) # where the run stands in its study: {"fold": 0, "lr": 1e-4}
+
+def to_json(spec: Spec) -> dict:
+    "A specification as JSON holds it."
+    return {**dataclasses.asdict(spec), "notebook": str(spec.notebook)}
+
+def from_json(data: dict) -> Spec:
+    "The specification that `to_json` wrote."
+    return Spec(**{**data, "notebook": Path(data["notebook"])})
 
 def command(
     spec: Spec,
@@ -197,13 +225,17 @@ def _check_folder_name(name: str, what: str) -> str:
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*", name): return name
     raise AutohdrError(f"'{name}' can't be the name of a {what}: use letters, digits, '-', '_' and '.', starting with a letter or digit.")
 
-# %% ../../nbs/runs/00_spec.ipynb #265eea42
+# %% ../../nbs/runs/00_spec.ipynb #f0a61713
 def make_spec(
     recipe: str, # a recipe's file, or the name of a shipped one
     overrides=(), # 'key=value' texts; win over the recipe
     name: str = None, # the run's name; by the time if None
     smoke: bool = False, # with the recipe's smoke values: seconds, not hours
-    base=None, # folder that relative paths in `overrides` start from; the current one if None
+    base=None, # folder that relative paths in `overrides` and `values` start from; the current one if None
+    values: dict = None, # parameters that win over the recipe, as YAML reads them
+    later=(), # those of `values` that name a file which another run will write: it need not exist yet
+    study: str = None, # folder of the study; the recipe's if None
+    axes: dict = None, # see `Spec`
 ) -> Spec:
     "Read and check everything that a run needs."
     file = find_recipe(recipe)
@@ -211,13 +243,67 @@ def make_spec(
     declared = read_parameters(content["notebook"])
     declared.pop("run_dir", None)
     typed = dict(parse_override(o, declared) for o in overrides)
-    values = {p.name: p.default for p in declared.values()}
-    for source, start in ((content["parameters"], file.parent), (content["smoke"] if smoke else {}, file.parent), (typed, base or Path.cwd())):
+    merged = {p.name: p.default for p in declared.values()}
+    here = base or Path.cwd()
+    for source, start in ((content["parameters"], file.parent), (content["smoke"] if smoke else {}, file.parent), (values or {}, here), (typed, here)):
         for key, value in source.items():
             p = declared[check_name(key, declared, "parameter")]
             value = check_value(p, value)
-            values[key] = resolve_path(p, value, start) if isinstance(value, str) else value
-    _check_ranges(content["notebook"], values)
-    given, study = {k: values[k] for k in typed}, _check_folder_name(str(content["study"]), "study")
+            merged[key] = resolve_path(p, value, start) if isinstance(value, str) and key not in later else value
+    _check_ranges(content["notebook"], merged)
+    given, study = {k: merged[k] for k in {**(values or {}), **typed}}, _check_folder_name(str(study or content["study"]), "study")
     shown = recipe if recipe in shipped("recipes") and not Path(recipe).is_file() else str(file)
-    return Spec(content["notebook"], study, _check_folder_name(name or new_name(smoke), "run"), values, shown, content["about"], given, smoke)
+    return Spec(content["notebook"], study, _check_folder_name(name or new_name(smoke), "run"), merged, shown, content["about"], given, smoke, content["resources"], axes or {})
+
+# %% ../../nbs/runs/00_spec.ipynb #9dd0cb20
+def _hashes(files) -> dict: # file to the first 16 digits of its SHA-256
+    "Hashes of files, from the cache where size and time are as they were."
+    store = cache_folder()/"hashes.json"
+    try: known = json.loads(store.read_text(encoding="utf-8"))
+    except (OSError, ValueError): known = {}
+    files = sorted({str(Path(f).absolute()) for f in files})
+    marks = {f: [(s := Path(f).stat()).st_size, s.st_mtime_ns] for f in files}
+    fresh = each(file_hash, [f for f in files if known.get(f, [])[:2] != marks[f]], "Hashing files")
+    if fresh:
+        known = {f: k for f, k in known.items() if Path(f).exists()} | {f: [*marks[f], h[:16]] for f, h in fresh.items()}
+        with contextlib.suppress(OSError): write_text(store, json.dumps(known)) # a home that can't be written to: hashed again next time
+    return {f: fresh[f][:16] if f in fresh else known[f][2] for f in files}
+
+def _photos_of(source: str) -> dict: # name to file
+    "The files that pairs consist of, by names that do not depend on where the folder lies."
+    if source.startswith("samples"): base = Path(autohdr.__file__).parent/"samples"
+    else: base = Path(source)
+    if base.is_dir(): return {str(f.relative_to(base)): f for f in sorted(base.rglob("*")) if f.is_file() and (f.suffix == ".csv" or is_photo(f))}
+    from autohdr.data.pairs import read_pairs
+    table = read_pairs(base)
+    files = {f for c in ("before", "after", "window") if c in table for f in table[c] if f}
+    return {"": base} | {os.path.relpath(f, base.parent): Path(f) for f in sorted(files)}
+
+def _is_pairs(name: str) -> bool: return name == "pairs" or name.endswith("_pairs")
+
+# %% ../../nbs/runs/00_spec.ipynb #aeba887d
+def missing_inputs(
+    spec: Spec,
+) -> list: # of sentences, empty if nothing is missing
+    "What a run reads and this machine does not have: a node of a cluster may lack a disk."
+    out, declared = [], read_parameters(spec.notebook)
+    for name, value in spec.parameters.items():
+        if not (isinstance(value, str) and value and (is_path(declared[name]) or _is_pairs(name))) or value.startswith("published:") or not Path(value).is_absolute(): continue
+        if not Path(value).exists():
+            if not declared[name].help.lower().startswith("folder for"): out.append(f"{name}: there is no {value}")
+        elif _is_pairs(name) and (gone := [str(f) for f in _photos_of(value).values() if not f.exists()]):
+            out.append(f"{name}: {len(gone)} of the photos in {value} are not there, such as {gone[0]}")
+    return out
+
+def inputs(
+    spec: Spec, # of a run whose files are all there, see `missing_inputs`
+) -> dict: # parameter to digest
+    "What decides a run's results besides its parameters: the content of the files that those name."
+    files, declared = {}, read_parameters(spec.notebook)
+    for name, value in spec.parameters.items():
+        if not isinstance(value, str) or not value: continue
+        if _is_pairs(name): files[name] = _photos_of(value)
+        elif is_path(declared[name]) and Path(value).is_file(): files[name] = {"": Path(value)}
+    hashes = _hashes([f for found in files.values() for f in found.values()])
+    digest = lambda found: hashlib.sha256(repr(sorted((k, hashes[str(Path(f).absolute())]) for k, f in found.items())).encode()).hexdigest()[:16]
+    return {name: digest(found) for name, found in files.items()}
