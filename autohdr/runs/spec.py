@@ -114,15 +114,15 @@ def resolve_path(
     there = sorted(f.name for f in path.parent.iterdir()) if path.parent.is_dir() else []
     raise AutohdrError(f"Parameter '{p.name}': there is no file or folder {path}." + (f" In {path.parent} there are: {', '.join(there[:8])}." if there else ""))
 
-# %% ../../nbs/runs/00_spec.ipynb #9b2aea91
+# %% ../../nbs/runs/00_spec.ipynb #b3c9a96e
 _KEYS = ("notebook", "study", "about", "parameters", "smoke", "resources")
 
 def shipped(
-    kind: str, # 'experiments' (notebooks) or 'recipes'
+    kind: str, # 'experiments' (notebooks), 'recipes', 'studies' or 'slurm' (clusters)
 ) -> dict[str, Path]: # name to file
-    "The run notebooks or recipes that come with autohdr: of the checkout, or as copied into the wheel."
+    "The run notebooks, recipes and so on that come with autohdr: of the checkout, or as copied into the wheel."
     package = Path(autohdr.__file__).resolve().parent
-    inside, suffix = {"experiments": ("nbs/experiments", ".ipynb"), "recipes": ("papermill_runs/recipes", ".yaml")}[kind]
+    inside, suffix = ("nbs/experiments", ".ipynb") if kind == "experiments" else (f"papermill_runs/{kind}", ".yaml")
     folder = next((f for f in (package.parent/inside, package/"resources"/kind) if f.is_dir()), package/"resources"/kind)
     return {f.stem: f for f in sorted(folder.glob("*" + suffix))}
 
