@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'SPLITS', 'read_pairs', 'save_pairs', 'scan_pairs', 'assign_splits', 'assign_folds', 'make_table',
-           'fingerprint', 'working_size', 'read_pair', 'jitter', 'PairDataset', 'EpochSampler', 'make_loader']
+           'fingerprint', 'working_size', 'read_pair', 'jitter', 'PairDataset', 'EpochSampler', 'BatchSampler',
+           'make_loader']
 
 # %% ../../nbs/data/00_pairs.ipynb #1960d224
 import hashlib, io, math, os, re
@@ -569,7 +570,7 @@ def __getitem__(self: PairDataset, item):
     tensors = [torch.from_numpy(np.ascontiguousarray(p.transpose(2, 0, 1))) for p in photos]
     return dict(zip(("before", "after", "window"), tensors), name=row["name"])
 
-# %% ../../nbs/data/00_pairs.ipynb #e0bfd387
+# %% ../../nbs/data/00_pairs.ipynb #211fca53
 class EpochSampler(Sampler):
     "(epoch, index) of each item once, in an order that depends on the seed and the dataset's epoch alone."
     def __init__(self, dataset, shuffle=False, seed=0): self.dataset, self.shuffle, self.seed = dataset, shuffle, seed
@@ -579,18 +580,31 @@ class EpochSampler(Sampler):
         order = np.random.default_rng([self.seed, epoch]).permutation(n) if self.shuffle else range(n)
         return iter([(epoch, int(i)) for i in order])
 
+class BatchSampler(Sampler):
+    "Lists of a sampler's items, from batch `start` on; of several processes that share each batch, what falls to one."
+    def __init__(self, items, batch_size, rank=0, processes=1):
+        self.items, self.size, self.rank, self.processes, self.start = items, batch_size, rank, processes, 0
+    def __len__(self): return math.ceil(len(self.items) / (self.size * self.processes))
+    def __iter__(self):
+        items, whole, first = list(self.items), self.size * self.processes, self.rank * self.size
+        for at in range(self.start * whole, len(items), whole):
+            batch = items[at:at + whole]
+            yield batch[first:first + self.size] or batch[:1]
+
+# %% ../../nbs/data/00_pairs.ipynb #78018c3e
 def _start_worker(_):
     import cv2
     cv2.setNumThreads(0)  # OpenCV's threads do not survive a fork, and the workers are the parallelism
 
-# %% ../../nbs/data/00_pairs.ipynb #b6851013
 def make_loader(
     dataset: PairDataset, # choose the epoch with `dataset.set_epoch(epoch)` before each pass
     batch_size: int = 1, # items in a batch; the last may be smaller
     shuffle: bool = False, # another order each epoch
     seed=None, # of the order; None: the dataset's
     workers: int = 0, # processes that prepare batches
-) -> DataLoader: # of {'before', 'after': N x 3 x H x W, 'name': list}
+    rank: int = 0, # which of the processes that share each batch this is
+    processes: int = 1, # how many they are, each with batches of `batch_size`
+) -> DataLoader: # of {'before', 'after': N x 3 x H x W, 'name': list}; its batch_sampler.start is the first batch of a pass
     "Batches of a dataset, bitwise the same for any number of workers."
     shapes = set(dataset.shapes()) if batch_size > 1 else ()
     if len(shapes) > 1:
@@ -598,5 +612,5 @@ def make_loader(
                            + ". Use crop (random squares), squash=True, or batch_size=1.")
     if workers and dataset.room: dataset.preload()
     sampler = EpochSampler(dataset, shuffle, dataset.seed if seed is None else seed)
-    return DataLoader(dataset, batch_size, sampler=sampler, num_workers=workers, worker_init_fn=_start_worker, persistent_workers=workers > 0,
-                      pin_memory=torch.cuda.is_available(), generator=torch.Generator())  # its own generator: the global one is the model's
+    return DataLoader(dataset, batch_sampler=BatchSampler(sampler, batch_size, rank, processes), num_workers=workers, worker_init_fn=_start_worker,
+                      persistent_workers=workers > 0, pin_memory=torch.cuda.is_available(), generator=torch.Generator())  # its own generator: the global one is the model's
