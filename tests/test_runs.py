@@ -41,7 +41,7 @@ def test_complete(tmp_path):
     run_dir = tmp_path / "runs/toys/a"
     status = read_status(run_dir)
     assert status["state"] == "complete" and status["exit_code"] == 0 and status["ended"] and status["environment"]["packages"]["numpy"]
-    assert {f.name for f in run_dir.iterdir()} == {"params.yaml", "run.ipynb", "report.html", "status.json", "log.txt", "metrics.json"}, "and no temporary file"
+    assert {f.name for f in run_dir.iterdir()} - {"changes.diff"} == {"params.yaml", "run.ipynb", "report.html", "status.json", "log.txt", "metrics.json", "packages.txt"}, "and no temporary file"
     assert cells(run_dir) == [("completed", "step 0\nstep 1\n"), ("completed", "")]
     assert "step 1" in out and "step 1" in (run_dir / "log.txt").read_text() and str(run_dir / "report.html") in out
     assert "-p steps=2" in status["command"] and status["command"] in (run_dir / "report.html").read_text()

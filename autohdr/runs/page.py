@@ -98,8 +98,8 @@ def duration(seconds: float) -> str:
     if seconds < 60: return f"{seconds} s"
     return f"{seconds//60} min {seconds % 60} s" if seconds < 3600 else f"{seconds//3600} h {seconds % 3600//60} min"
 
-# %% ../../nbs/runs/03_page.ipynb #3f68a4ab
-_SAYS = dict(complete="complete", running="still running", failed="failed", died="died", terminated="terminated")
+# %% ../../nbs/runs/03_page.ipynb #d8f5c6e0
+_SAYS = dict(complete="complete", running="still running", failed="failed", died="died", terminated="terminated", paused="paused")
 
 def _happened(status: dict, run_dir: Path) -> str:
     "Why a run is not complete, with what it said last."
@@ -117,7 +117,7 @@ def _parameters(params: dict, changed: dict) -> str:
     note = "<p class='note'>In bold: changed on the command line.</p>" if changed else ""
     return f"<details><summary>Parameters</summary><div class='scroll'><table>{rows}</table></div>{note}</details>" if rows else ""
 
-# %% ../../nbs/runs/03_page.ipynb #067caf89
+# %% ../../nbs/runs/03_page.ipynb #69b67619
 _COPY = "navigator.clipboard?.writeText(this.previousElementSibling.textContent).then(()=>this.textContent='copied')"
 
 def banner(
@@ -131,13 +131,16 @@ def banner(
     facts = dict(started=when, took=duration(status.get("seconds") or 0) if status.get("ended") else "", machine=env.get("cpu", "") or status.get("host", ""),
                  gpu=env.get("gpu", ""), commit=git.get("commit", "")[:10] + (" with changes" if git.get("dirty") else ""), notebook=Path(status.get("notebook", "")).name)
     cells = "".join(f"<div><dt>{k}</dt><dd>{html.escape(str(v))}</dd></div>" for k, v in facts.items() if str(v).strip())
+    earlier = "".join(f"<tr><td>attempt {a.get('attempt', '')}</td><td>{_SAYS.get(a['state'], a['state'])}</td><td>{duration(a.get('seconds') or 0)}</td><td>{html.escape(a.get('reason') or '')}</td></tr>"
+                      for a in status.get("attempts") or [])
+    earlier = f"<details open><summary>Earlier attempts</summary><div class='scroll'><table>{earlier}</table></div></details>" if earlier else ""
     again = f"<div class='again'><code>{html.escape(status['command'])}</code><button type='button' onclick=\"{_COPY}\">copy</button></div>" if status.get("command") else ""
     return (f"<header class='{status['state']}'><p class='kicker'>autohdr · {html.escape(str(status.get('study', '')))}</p>"
             f"<div class='title'><h1>{html.escape(str(status.get('run', run_dir.name)))}</h1><span class='state'>{_SAYS[status['state']]}</span></div>"
-            f"<p class='about'>{html.escape(params.get('about') or '')}</p>{_happened(status, run_dir)}<dl>{cells}</dl>{_parameters(params, status.get('overrides') or {})}"
+            f"<p class='about'>{html.escape(params.get('about') or '')}</p>{_happened(status, run_dir)}<dl>{cells}</dl>{earlier}{_parameters(params, status.get('overrides') or {})}"
             f"<details><summary>Repeat this run</summary>{again}</details></header>")
 
-# %% ../../nbs/runs/03_page.ipynb #cee132ce
+# %% ../../nbs/runs/03_page.ipynb #876142f7
 _STYLE = """
 :root{color-scheme:light;--ink:#1d2329;--soft:#5c6670;--line:#e3e6e9;--accent:#1f7a63;--warn:#b45424}
 *{box-sizing:border-box} html{-webkit-text-size-adjust:100%}
@@ -148,7 +151,7 @@ header{padding-top:28px;padding-bottom:18px;border-bottom:1px solid var(--line)}
 h1{font-size:30px;line-height:1.2;margin:.2em 0;overflow-wrap:anywhere} h2{font-size:22px;margin:1.8em 0 .4em} h3{font-size:18px;margin:1.4em 0 .3em}
 main h1{font-size:26px;margin-top:1.2em} .about{margin:.1em 0 .7em;color:var(--soft);font-size:17px}
 .state{padding:2px 14px;border-radius:99px;font-weight:600;background:#1f7a6320;color:var(--accent)} .running .state{background:#2b62a820;color:#2b62a8}
-.failed .state,.died .state,.terminated .state{background:#b4542424;color:var(--warn)}
+.failed .state,.died .state,.terminated .state,.paused .state{background:#b4542424;color:var(--warn)}
 .reason{font-weight:600;color:var(--warn);margin:.6em 0 .4em;overflow-wrap:anywhere} header pre{border-left:3px solid var(--warn)}
 dl{display:flex;flex-wrap:wrap;gap:.5em 2.4em;margin:.9em 0} dt{font-size:12px;color:var(--soft)} dd{margin:0;font-size:15px;overflow-wrap:anywhere}
 nav{display:flex;flex-wrap:wrap;gap:.3em 1.3em;padding-top:12px;padding-bottom:12px;font-size:14px;border-bottom:1px solid var(--line)}
