@@ -6,8 +6,8 @@
 __all__ = ['find_study', 'read_study', 'Task', 'Study', 'judge', 'plan', 'plan_table', 'write_study', 'load_study', 'find_folder',
            'set_aside', 'run_task', 'pool_of', 'only_pool', 'finish']
 
-# %% ../../nbs/runs/06_study.ipynb #3d4e9f21
-import contextlib, difflib, fcntl, graphlib, itertools, json, os, re, shutil, socket, time
+# %% ../../nbs/runs/06_study.ipynb #79e3c8fe
+import contextlib, fcntl, graphlib, itertools, json, os, re, socket, time
 from dataclasses import dataclass, field
 from pathlib import Path
 import pandas as pd, yaml
@@ -275,7 +275,7 @@ def _judge_all(tasks: list, read: bool = True):
         again = [n for n in task.needs if by_name[n].state != "complete"]
         if task.state == "complete" and again: task.state, task.why = "changed", f"starts from {', '.join(again)}, which is not complete"
 
-# %% ../../nbs/runs/06_study.ipynb #233f03df
+# %% ../../nbs/runs/06_study.ipynb #2e3e58f6
 def plan(
     file, # a study's YAML, or the name of a shipped one
     root="papermill_runs", # the study's folder is root/NAME, root/NAME-smoke under --smoke
@@ -286,8 +286,7 @@ def plan(
     "Read a study, check every parameter of every run, and say how each stands."
     content = read_study(file, smoke)
     name = content["name"] + ("-smoke" if smoke else "")
-    make_name = re.fullmatch(r"[A-Za-z0-9][\w.-]*", name)
-    if not make_name: raise AutohdrError(f"{content['file']}: the name of a study's file must consist of letters, digits, '-', '_' and '.'.")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name): raise AutohdrError(f"{content['file']}: the name of a study's file must consist of letters, digits, '-', '_' and '.'.")
     folder, entries = Path(root, name).absolute(), _expand(content)
     for entry in entries: entry.values |= {k: (v, Path.cwd()) for k, v in (values or {}).items()}
     tasks = _tasks(entries, name, folder, overrides, content["file"])
