@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PUBLISHED', 'WRAPPERS', 'PREFIXES', 'MEANING', 'FLOATS', 'Published', 'list_published', 'cached_file',
            'check_published', 'fetch_published', 'resolve_weights', 'unwrap', 'is_ours', 'read_weights', 'identify',
-           'match_table', 'match_lines', 'load_weights', 'load_foreign', 'create_on_base']
+           'match_table', 'match_places', 'match_lines', 'load_weights', 'load_foreign', 'create_on_base']
 
 # %% ../../nbs/models/03_weights.ipynb #2a5b0cda
 import argparse, importlib, inspect, json, os, pickle, re, sys, time, zipfile
@@ -301,21 +301,28 @@ def match_table(
 
 def _shape(v): return "" if v is None else " x ".join(map(str, v.shape)) or "1"
 
-# %% ../../nbs/models/03_weights.ipynb #adbe729e
+# %% ../../nbs/models/03_weights.ipynb #aebb244d
+def match_places(
+    table: pd.DataFrame, # from `match_table`
+) -> pd.DataFrame: # status, name, tensors, parameters, shape, given
+    "The tensors that don't fit; those of the same place in several blocks share a row, with * for the block's number."
+    odd = table[table.status != "matched"].copy()
+    odd["place"] = odd.name.str.replace(r"\b\d+\b", "*", regex=True)
+    groups = odd.groupby(["status", "place", "shape", "given"], sort=False)
+    rows = [(status, place if len(g) > 1 else g.name.iloc[0], len(g), int(g.parameters.sum()), shape, given) for (status, place, shape, given), g in groups]
+    return pd.DataFrame(rows, columns=["status", "name", "tensors", "parameters", "shape", "given"])
+
 def match_lines(
     table: pd.DataFrame, # from `match_table`
     most: int = 20, # lines of tensors that don't fit
 ) -> str:
-    "Counts, and the tensors that don't fit, with both shapes where they differ; those of the same place in several blocks share a line."
-    odd = table[table.status != "matched"].copy()
-    odd["place"] = odd.name.str.replace(r"\b\d+\b", "*", regex=True)
+    "Counts, and the tensors that don't fit, with both shapes where they differ."
     counts = ", ".join(f"{n} {s}" for s, n in table.status.value_counts().items())
-    lines = [f"{table.attrs['share']:.1%} of the model's parameters matched (tensors: {counts})"]
-    groups = list(odd.groupby(["status", "place", "shape", "given"], sort=False))
-    for (status, place, shape, given), group in groups[:most]:
-        name = group.name.iloc[0] if len(group) == 1 else f"{place} ({len(group)} of them)"
-        lines.append(f"  {status}: {name}" + (f": {shape} in the model, {given} in the file" if status == "wrong shape" else ""))
-    return "\n".join(lines + ([f"  and {len(groups) - most} more"] if len(groups) > most else []))
+    lines, places = [f"{table.attrs['share']:.1%} of the model's parameters matched (tensors: {counts})"], match_places(table)
+    for p in places.head(most).itertuples(index=False):
+        several = f" ({p.tensors} of them)" if p.tensors > 1 else ""
+        lines.append(f"  {p.status}: {p.name}{several}" + (f": {p.shape} in the model, {p.given} in the file" if p.status == "wrong shape" else ""))
+    return "\n".join(lines + ([f"  and {len(places) - most} more"] if len(places) > most else []))
 
 # %% ../../nbs/models/03_weights.ipynb #13e53571
 MEANING = ("norm_bias", "attention_last", "dilations", "heads", "mode")

@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['RANGES', 'CHOICES', 'Recipe', 'check_field', 'check_crop_scale', 'updates_per_epoch', 'ema_weight']
 
-# %% ../../nbs/training/00_recipe.ipynb #3027b3ba
+# %% ../../nbs/training/00_recipe.ipynb #e6f5f4d6
 import math, re
 from dataclasses import dataclass, field, fields
 from ..core import AutohdrError, as_number, check_name
 from ..losses.combined import loss_weights
 from ..models.weights import PUBLISHED
 from ..models.zoo import ARCHITECTURES, settings
+from .transfer import check_factors, check_patterns, check_transfer
 
-# %% ../../nbs/training/00_recipe.ipynb #8bd9fee7
+# %% ../../nbs/training/00_recipe.ipynb #3aa87552
 @dataclass
 class Recipe:
     "A training run."
@@ -75,6 +76,7 @@ class Recipe:
             raise AutohdrError(f"base is '{self.base}', but {self.model} stands on no frozen model; expected ''")
         if self.base and {"base", "base_config"} & self.model_config.keys():
             raise AutohdrError(f"base is '{self.base}', a checkpoint that says what the base is, and model_config says it too; expected one of them")
+        if not self.base: check_transfer(self.model, self.model_config, self.freeze, self.lr_factors) # with one, its file says what the model is
 
 # %% ../../nbs/training/00_recipe.ipynb #134f6d06
 RANGES = dict(size=(16, 16384), crop=(0, 16384), repeats=(1, 10_000), epoch_updates=(0, 1_000_000), pretrain_epochs=(0, 100_000), pretrain_lr=(0, 1),
@@ -82,7 +84,7 @@ RANGES = dict(size=(16, 16384), crop=(0, 16384), repeats=(1, 10_000), epoch_upda
               val_every=(1, 100_000), folds=(0, 100), fold=(-1, 99), seed=(0, 2**32 - 1), split_seed=(0, 2**32 - 1), workers=(0, 128), threads=(0, 1024), processes=(1, 64))
 CHOICES = dict(model=ARCHITECTURES, precision=("fp32", "bf16", "fp16"), fit_memory=("warn", "auto"))
 
-# %% ../../nbs/training/00_recipe.ipynb #5218d282
+# %% ../../nbs/training/00_recipe.ipynb #7a0e50f8
 def check_field(
     name: str, # a field of `Recipe`
     value, # for it
@@ -103,6 +105,8 @@ def check_field(
     if name in CHOICES: check_name(value, CHOICES[name], name)
     if name in ("init", "base") and value.startswith("published:"): check_name(value.removeprefix("published:"), PUBLISHED, "published checkpoint")
     if name == "crop_scale" and value: return check_crop_scale(value)
+    if name == "freeze": return check_patterns(value)
+    if name == "lr_factors": return check_factors(value)
     if name == "device" and not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value): raise AutohdrError(f"device is '{value}'; expected auto, cpu, cuda, cuda:1 or mps")
     return value
 

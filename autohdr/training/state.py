@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'COUNTS', 'MAY_DIFFER', 'pick_device', 'autocast', 'make_schedule', 'make_ema', 'no_updates', 'State',
-           'match_report', 'overlap', 'check_input', 'starting_model', 'parameter_groups', 'new_state', 'save_state',
-           'load_state']
+           'match_report', 'overlap', 'check_input', 'starting_model', 'new_state', 'save_state', 'load_state']
 
-# %% ../../nbs/training/01_state.ipynb #fa431759
+# %% ../../nbs/training/01_state.ipynb #3479f965
 import time
 from dataclasses import asdict, dataclass, field
 import pandas as pd, torch
@@ -18,6 +17,7 @@ from ..losses.combined import CombinedLoss
 from ..models.weights import create_on_base, is_ours, load_weights, match_lines
 from ..models.zoo import create_model, read_metadata
 from .recipe import Recipe, ema_weight, updates_per_epoch
+from .transfer import freeze, learning_table, parameter_groups, transfer_record
 
 # %% ../../nbs/training/01_state.ipynb #d4df99b9
 def pick_device(
@@ -37,7 +37,7 @@ def autocast(
     dtype = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[precision]
     return torch.autocast(device.type, dtype, enabled=precision != "fp32")
 
-# %% ../../nbs/training/01_state.ipynb #843cf88d
+# %% ../../nbs/training/01_state.ipynb #9a329e3f
 def make_schedule(
     optimiser: torch.optim.Optimizer,
     warmup: int, # updates of linear warm-up
@@ -53,8 +53,11 @@ def make_ema(
     model: torch.nn.Module,
     decay: float, # final decay, warmed up
 ) -> AveragedModel:
-    "A moving average of the weights, `.module`; updated with `.update_parameters(model)`."
-    def average(old, new, n): torch._foreach_lerp_(old, new, 1 - ema_weight(decay, int(n)))
+    "A moving average of the weights that learn, `.module`; updated with `.update_parameters(model)`."
+    frozen = {p.data_ptr() for p in model.parameters() if not p.requires_grad} # a mean of -0 and -0 would be 0: other bits
+    def average(old, new, n):
+        pairs = [(o, w) for o, w in zip(old, new) if w.data_ptr() not in frozen]
+        if pairs: torch._foreach_lerp_(*map(list, zip(*pairs)), 1 - ema_weight(decay, int(n)))
     return AveragedModel(model, multi_avg_fn=average)
 
 # %% ../../nbs/training/01_state.ipynb #d08a50d4
@@ -90,7 +93,7 @@ def match_report(
     if share < 0.5: raise AutohdrError(f"{path}: only {share:.1%} of the model's parameters are in it; start from a checkpoint of the same architecture and configuration")
     return f"{path}: {match_lines(table)}"
 
-# %% ../../nbs/training/01_state.ipynb #4710aac2
+# %% ../../nbs/training/01_state.ipynb #b5721402
 def overlap(
     source, # of a base or of starting weights
     recipe: Recipe,
@@ -122,19 +125,14 @@ def starting_model(
         if warning := overlap(source, recipe): print(warning, flush=True)
         check_input(source, recipe)
     model = create_on_base(recipe.model, recipe.base, **recipe.model_config) if recipe.base else create_model(recipe.model, **recipe.model_config)
-    if recipe.init: print(match_report(load_weights(model, recipe.init), recipe.init), flush=True)
+    if recipe.init:
+        table = load_weights(model, recipe.init)
+        print(match_report(table, recipe.init), flush=True)
+        model.metadata["transfer"] = transfer_record(table, recipe.init)
+    if recipe.freeze or recipe.lr_factors: print(learning_table(model, recipe.freeze, recipe.lr_factors, recipe.lr).to_string(index=False), flush=True)
     return model
 
-# %% ../../nbs/training/01_state.ipynb #f3045770
-def parameter_groups(
-    model: torch.nn.Module,
-) -> list: # for an optimiser
-    "The parameters that learn; those that a model marks with `_no_weight_decay` (as Mamba's authors do) are kept from being drawn to zero."
-    marked = lambda p: getattr(p, "_no_weight_decay", False)
-    learn = [p for p in model.parameters() if p.requires_grad]
-    groups = [dict(params=[p for p in learn if not marked(p)]), dict(params=[p for p in learn if marked(p)], weight_decay=0)]
-    return [g for g in groups if g["params"]]
-
+# %% ../../nbs/training/01_state.ipynb #1becead3
 def new_state(
     recipe: Recipe,
     photos: int, # in the training split; fixes the schedule
@@ -145,8 +143,8 @@ def new_state(
     torch.manual_seed(recipe.seed)
     device = pick_device(recipe.device)
     model = create_model(recipe.model, **config) if config is not None else starting_model(recipe)
-    model = model.to(device)
-    optimiser = torch.optim.AdamW(parameter_groups(model), lr=recipe.lr, weight_decay=recipe.weight_decay)
+    model = freeze(model, recipe.freeze).to(device)
+    optimiser = torch.optim.AdamW(parameter_groups(model, recipe.lr, recipe.lr_factors), lr=recipe.lr, weight_decay=recipe.weight_decay)
     per_epoch = updates_per_epoch(recipe, photos)
     schedule = make_schedule(optimiser, recipe.warmup_epochs * per_epoch, recipe.epochs * per_epoch)
     scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
