@@ -6,14 +6,14 @@
 __all__ = ['FLOOR', 'FrequencyMLP', 'dilated_conv', 'paired_conv', 'Branch', 'SpatialAttention', 'EBlock', 'DBlock', 'Blocks',
            'DarkIR', 'infer_config']
 
-# %% ../../nbs/models/07_darkir.ipynb #fdb0c0fe
+# %% ../../nbs/models/07_darkir.ipynb #66bb5c01
 import inspect
 import torch
 from torch import nn
 import torch.nn.functional as F
 from einops import rearrange
 from fastcore.basics import patch
-from .layers import ChannelNorm, pad_to_multiple, scaled_conv, simple_gate
+from .layers import ChannelNorm, pad_to_multiple, recomputed, scaled_conv, simple_gate
 
 # %% ../../nbs/models/07_darkir.ipynb #65650424
 FLOOR = 1e-6 # amplitude in an orthonormal transform, where rounding error is about 1e-7
@@ -121,7 +121,7 @@ class DBlock(SpatialAttention):
         x = x + self.attend(paired_conv(self.extra_conv, self.conv1(self.norm1(x))))
         return x + scaled_conv(self.conv5, self.gamma, simple_gate(self.conv4(self.norm2(x))))
 
-# %% ../../nbs/models/07_darkir.ipynb #b2e7865f
+# %% ../../nbs/models/07_darkir.ipynb #c068406f
 class Blocks(nn.Module):
     "Blocks one after the other; named as in the published weights."
     def __init__(self,
@@ -129,7 +129,13 @@ class Blocks(nn.Module):
     ):
         super().__init__()
         self.modules_list = nn.Sequential(*blocks)
-    def forward(self, x): return self.modules_list(x)
+
+    def forward(self,
+        x, # N x C x H x W
+        recompute: bool = False, # each block in the backward pass
+    ): # N x C x H x W
+        for block in self.modules_list: x = recomputed(block, x, on=recompute)
+        return x
 
 class DarkIR(nn.Module):
     "DarkIR; N x 3 x H x W in [0,1] to the same shape, any H and W."
@@ -140,9 +146,10 @@ class DarkIR(nn.Module):
         decoder=(3, 1, 1), # blocks per level, coming up
         dilations=(1, 4, 9), # of the decoder's branches
         side_weight: float = 0.8, # of the side output's loss in training; 0: none
+        checkpointing: bool = False, # recompute blocks in the backward pass, to save memory
     ):
         super().__init__()
-        self.side_weight = side_weight
+        self.side_weight, self.checkpointing = side_weight, checkpointing
         widths = [width * 2**i for i in range(len(encoder) + 1)]
         bottom, up = widths[-1], widths[-2::-1]
         light = lambda n, c: Blocks(*[EBlock(c) for _ in range(n)])
@@ -155,7 +162,7 @@ class DarkIR(nn.Module):
         self.decoders = nn.ModuleList(detail(n, c) for n, c in zip(decoder, up))
         self.side_out = nn.Conv2d(bottom, 3, 3, padding=1)
 
-# %% ../../nbs/models/07_darkir.ipynb #b33d4de2
+# %% ../../nbs/models/07_darkir.ipynb #e6dcc048
 @patch
 def forward(self: DarkIR,
     x, # N x 3 x H x W in [0,1]
@@ -165,11 +172,11 @@ def forward(self: DarkIR,
     photo = pad_to_multiple(x, 2 ** len(self.downs)).contiguous(memory_format=torch.channels_last)
     y = self.intro(photo)
     for encoder, down in zip(self.encoders, self.downs):
-        skips.append(encoder(y))
+        skips.append(encoder(y, self.checkpointing))
         y = down(skips[-1])
-    light = self.middle_blks_enc(y)
-    y = self.middle_blks_dec(light) + light
-    for up, decoder in zip(self.ups, self.decoders): y = decoder(up(y) + skips.pop())
+    light = self.middle_blks_enc(y, self.checkpointing)
+    y = self.middle_blks_dec(light, self.checkpointing) + light
+    for up, decoder in zip(self.ups, self.decoders): y = decoder(up(y) + skips.pop(), self.checkpointing)
     out = (self.ending(y) + photo)[..., :h, :w]
     return (out, self.side_out(light)) if return_side else out
 

@@ -6,16 +6,15 @@
 __all__ = ['read_four_ways', 'merge_four_ways', 'step_bias', 'StateSpace2d', 'Block', 'Attention', 'code_time', 'Group',
            'check_setting', 'check_blocks', 'MambaDiffusion']
 
-# %% ../../nbs/models/13_mamba.ipynb #e95a8fbd
+# %% ../../nbs/models/13_mamba.ipynb #46ec78f0
 import math
 import torch
 from torch import nn
 import torch.nn.functional as F
 from fastcore.basics import patch
-from torch.utils.checkpoint import checkpoint
 from ..core import AutohdrError, check_name
 from .diffusion import add_noise, cosine_schedule, ddim, fixed_noise
-from .layers import pad_to_multiple
+from .layers import pad_to_multiple, recomputed
 from .scan import selective_scan
 
 # %% ../../nbs/models/13_mamba.ipynb #0fd1d1b7
@@ -106,7 +105,7 @@ class Attention(nn.Module):
         x = x + self.proj(y).view_as(x)
         return x + self.mlp(x)
 
-# %% ../../nbs/models/13_mamba.ipynb #111fb4b4
+# %% ../../nbs/models/13_mamba.ipynb #f2385dea
 def code_time(
     t: torch.Tensor, # N, steps of noise
     dim: int, # even
@@ -128,7 +127,7 @@ class Group(nn.Module):
 
     def forward(self, x, t, checkpointing=False): # x: N x H x W x C, t: N or 1 x time
         x = x + self.shift(t)[:, None, None]
-        for block in self.blocks: x = checkpoint(block, x, use_reentrant=False) if checkpointing else block(x)
+        for block in self.blocks: x = recomputed(block, x, on=checkpointing)
         return x
 
 # %% ../../nbs/models/13_mamba.ipynb #5b0afa2c
@@ -191,7 +190,7 @@ class MambaDiffusion(nn.Module):
         self.norm, self.output = nn.LayerNorm(dim * 2), nn.Conv2d(dim * 2, 3, 3, padding=1)
         for p in self.output.parameters(): nn.init.zeros_(p)
 
-# %% ../../nbs/models/13_mamba.ipynb #ae2d669d
+# %% ../../nbs/models/13_mamba.ipynb #d6406721
 @patch
 def predict(self: MambaDiffusion,
     photo: torch.Tensor, # N x 3 x H x W in [0,1]
@@ -200,16 +199,15 @@ def predict(self: MambaDiffusion,
 ) -> torch.Tensor: # the edit, N x 3 x H x W
     "One pass of the network."
     last, first = lambda x: x.permute(0, 2, 3, 1), lambda x: x.permute(0, 3, 1, 2)
-    recompute = self.checkpointing and torch.is_grad_enabled()
     code = F.silu(self.time(code_time(t, self.dim).to(photo.dtype)))
     x = last(self.embed(pad_to_multiple(torch.cat([photo * 2 - 1, state.to(photo.dtype)], 1), 2**len(self.down))))
     skips = []
     for group, down in zip(self.encoder, self.down):
-        skips.append(group(x, code, recompute))
+        skips.append(group(x, code, self.checkpointing))
         x = last(down(first(skips[-1])))
-    x = self.middle(x, code, recompute)
+    x = self.middle(x, code, self.checkpointing)
     for group, up, skip in reversed(list(zip(self.decoder, self.up, skips))):
-        x = group(torch.cat([last(up(first(x))), skip], -1), code, recompute)
+        x = group(torch.cat([last(up(first(x))), skip], -1), code, self.checkpointing)
     return photo + self.output(first(self.norm(x)))[..., :photo.shape[2], :photo.shape[3]]
 
 # %% ../../nbs/models/13_mamba.ipynb #b20bab39

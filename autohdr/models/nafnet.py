@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['window_sum', 'local_mean', 'NAFBlock', 'NAFNet', 'infer_config']
 
-# %% ../../nbs/models/06_nafnet.ipynb #b8d45981
+# %% ../../nbs/models/06_nafnet.ipynb #741cd19d
 import inspect, re
 import torch
 from torch import nn
 import torch.nn.functional as F
 from fastcore.basics import patch
 from ..core import AutohdrError
-from .layers import ChannelNorm, pad_to_multiple, scaled_conv, simple_gate
+from .layers import ChannelNorm, pad_to_multiple, recomputed, scaled_conv, simple_gate
 
 # %% ../../nbs/models/06_nafnet.ipynb #b82da321
 def window_sum(
@@ -76,7 +76,7 @@ class NAFBlock(nn.Module):
         else: x = x + scaled_conv(self.conv3, self.beta, y * self.attention(y, window))
         return x + scaled_conv(self.conv5, self.gamma, simple_gate(self.conv4(self.norm2(x))))
 
-# %% ../../nbs/models/06_nafnet.ipynb #3135d1ab
+# %% ../../nbs/models/06_nafnet.ipynb #5ead805e
 class NAFNet(nn.Module):
     "NAFNet; N x 3 x H x W in [0,1] to the same shape, any H and W."
     def __init__(self,
@@ -87,12 +87,13 @@ class NAFNet(nn.Module):
         expansion: int = 2, # see `NAFBlock`
         attention_last: bool = False, # see `NAFBlock`
         tlc: int = 0, # at inference, side in pixels of the photo of the window that the attention looks at; 0: the whole photo
+        checkpointing: bool = False, # recompute blocks in the backward pass, to save memory
     ):
         super().__init__()
         if width * expansion % 2: raise AutohdrError(f"width {width} times expansion {expansion} of NAFNet is odd; expected an even number, since gates halve it")
         if len(encoder) != len(decoder):
             raise AutohdrError(f"encoder {encoder} and decoder {decoder} of NAFNet have {len(encoder)} and {len(decoder)} levels; expected as many up as down")
-        self.tlc = tlc
+        self.tlc, self.checkpointing = tlc, checkpointing
         stage = lambda n, channels: nn.Sequential(*[NAFBlock(channels, expansion, attention_last) for _ in range(n)])
         widths = [width * 2**i for i in range(len(encoder) + 1)]
         self.intro, self.ending = nn.Conv2d(3, width, 3, padding=1), nn.Conv2d(width, 3, 3, padding=1)
@@ -102,11 +103,11 @@ class NAFNet(nn.Module):
         self.ups = nn.ModuleList(nn.Sequential(nn.Conv2d(c, 2 * c, 1, bias=False), nn.PixelShuffle(2)) for c in widths[:0:-1])
         self.decoders = nn.ModuleList(stage(n, c) for n, c in zip(decoder, widths[-2::-1]))
 
-# %% ../../nbs/models/06_nafnet.ipynb #a50f7a23
+# %% ../../nbs/models/06_nafnet.ipynb #edac2da5
 @patch
 def run(self: NAFNet, stage, x, level): # a stage of blocks and its depth
     window = 0 if self.training or not self.tlc else -(-self.tlc >> len(self.downs)) << len(self.downs) - level
-    for block in stage: x = block(x, window)
+    for block in stage: x = recomputed(block, x, window, on=self.checkpointing)
     return x
 
 @patch

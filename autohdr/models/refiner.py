@@ -6,7 +6,7 @@
 __all__ = ['Summary', 'ToneCurves', 'bend', 'odds', 'move_hsv', 'move_lab', 'as_rgb', 'as_hsv', 'as_lab', 'GatedBlock', 'Branch',
            'ColorRefiner']
 
-# %% ../../nbs/models/10_refiner.ipynb #d26e5ab5
+# %% ../../nbs/models/10_refiner.ipynb #273f1fd7
 import torch
 from torch import nn
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from ..core import AutohdrError
 from .colour import hsv_to_rgb, lab_to_rgb, rgb_to_hsv, rgb_to_lab
 from .hdrnet import conv
-from .layers import ChannelNorm, base_graph, load_base, pad_to_multiple, simple_gate
+from .layers import ChannelNorm, base_graph, load_base, pad_to_multiple, recomputed, simple_gate
 from .zoo import create_model
 
 # %% ../../nbs/models/10_refiner.ipynb #0723abab
@@ -138,7 +138,7 @@ class Branch(nn.Module):
         features = F.gelu(self.tail(full + self.up1(half)))
         return self.head(features), features
 
-# %% ../../nbs/models/10_refiner.ipynb #005da94a
+# %% ../../nbs/models/10_refiner.ipynb #d95c8327
 class ColorRefiner(nn.Module):
     "Refiner on a frozen backbone; N x 3 x H x W in [0,1] to the same shape, any H and W."
     def __init__(self,
@@ -147,11 +147,12 @@ class ColorRefiner(nn.Module):
         width: int = 16, # channels of each branch at full size, a multiple of 8
         depth: int = 5, # blocks of each branch at a quarter of the size
         knots: int = 32, # straight pieces of a tone curve
+        checkpointing: bool = False, # recompute branches in the backward pass, to save memory
     ):
         super().__init__()
         if width < 8 or width % 8: raise AutohdrError(f"width of color_refiner is {width}; expected a multiple of 8 (its normalisation works in 8 groups)")
         self.base = create_model(base, **(base_config or {})).requires_grad_(False).eval()
-        self.summary = Summary(width)
+        self.checkpointing, self.summary = checkpointing, Summary(width)
         self.curves = ToneCurves(self.summary.size, knots)
         self.rgb, self.hsv, self.lab = (Branch(self.summary.size, width, depth) for _ in range(3))
         self.fuse = nn.Conv2d(3 * width, 3, 1)
@@ -168,7 +169,7 @@ class ColorRefiner(nn.Module):
         "Load the backbone's weights; every tensor must be there and fit, or nothing is changed."
         load_base(self.base, state)
 
-# %% ../../nbs/models/10_refiner.ipynb #63a04a07
+# %% ../../nbs/models/10_refiner.ipynb #9a6b4f98
 @patch
 def plan(self: ColorRefiner,
     photo: torch.Tensor, # N x 3 x H x W
@@ -181,13 +182,13 @@ def plan(self: ColorRefiner,
     changes, features = [], []
     for branch, view in ((self.rgb, as_rgb), (self.hsv, as_hsv), (self.lab, as_lab)):
         seen = torch.cat([view(p) for p in both], 1).to(photo.dtype)
-        change, feature = branch(pad_to_multiple(seen, 4), whole)
+        change, feature = recomputed(branch, pad_to_multiple(seen, 4), whole, on=self.checkpointing)
         changes.append(change[..., :h, :w].float())
         features.append(feature)
     weights = self.fuse(torch.cat(features, 1))[..., :h, :w].float().softmax(1)
     return self.curves(whole), changes, weights
 
-# %% ../../nbs/models/10_refiner.ipynb #88f83067
+# %% ../../nbs/models/10_refiner.ipynb #a086566c
 @patch
 def refine(self: ColorRefiner,
     photo: torch.Tensor, # N x 3 x H x W in [0,1]
@@ -197,7 +198,8 @@ def refine(self: ColorRefiner,
     above, (in_rgb, in_hsv, in_lab), weights = self.plan(photo, edit)
     tone = bend(edit.float(), above)
     bent = (edit.float() + tone).clamp(0, 1)
-    proposals = torch.stack([in_rgb, move_hsv(bent, in_hsv), move_lab(bent, in_lab)], 1)
+    move = lambda f, raw: recomputed(f, bent, raw, on=self.checkpointing)
+    proposals = torch.stack([in_rgb, move(move_hsv, in_hsv), move(move_lab, in_lab)], 1)
     return (edit + (tone + (weights[:, :, None] * proposals).sum(1))).to(photo.dtype)
 
 @patch

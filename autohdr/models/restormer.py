@@ -7,15 +7,14 @@ __all__ = ['pointwise', 'depthwise', 'wide_maps', 'full_precision', 'Gram', 'Cha
            'spans', 'tiles', 'Cut', 'Join', 'tiled', 'own_part', 'TransformerBlock', 'Embed', 'Halve', 'Double',
            'Restormer', 'infer_config']
 
-# %% ../../nbs/models/05_restormer.ipynb #1efd1814
+# %% ../../nbs/models/05_restormer.ipynb #ed5017be
 import inspect, re
 from contextlib import nullcontext
 import torch
 from torch import nn
 import torch.nn.functional as F
 from fastcore.basics import patch
-from torch.utils.checkpoint import checkpoint
-from .layers import LayerNorm2d, pad_to_multiple
+from .layers import LayerNorm2d, pad_to_multiple, recomputed
 
 # %% ../../nbs/models/05_restormer.ipynb #b98b1db4
 def pointwise(
@@ -268,11 +267,10 @@ class Restormer(nn.Module):
         self.decoder_level1, self.refinement = stage(0, blocks[0], out), stage(0, refinement, out)
         self.output = nn.Conv2d(out, 3, 3, padding=1, bias=False)
 
-# %% ../../nbs/models/05_restormer.ipynb #0c051b34
+# %% ../../nbs/models/05_restormer.ipynb #5a1562d2
 @patch
 def _run(self: Restormer, stage, x):
-    if not (self.checkpointing and torch.is_grad_enabled()): return stage(x)
-    for block in stage: x = checkpoint(block, x, use_reentrant=False)
+    for block in stage: x = recomputed(block, x, on=self.checkpointing)
     return x
 
 @patch

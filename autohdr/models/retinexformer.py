@@ -6,14 +6,14 @@
 __all__ = ['IlluminationEstimator', 'IlluminationAttention', 'FeedForward', 'Blocks', 'Denoiser', 'Stage', 'RetinexFormer',
            'infer_config']
 
-# %% ../../nbs/models/08_retinexformer.ipynb #823d7a29
+# %% ../../nbs/models/08_retinexformer.ipynb #05365428
 import inspect
 import torch
 from torch import nn
 import torch.nn.functional as F
 from einops import rearrange
 from fastcore.basics import patch
-from .layers import pad_to_multiple
+from .layers import pad_to_multiple, recomputed
 from .restormer import full_precision
 
 # %% ../../nbs/models/08_retinexformer.ipynb #0b820a3e
@@ -79,7 +79,7 @@ class FeedForward(nn.Module):
     def forward(self, x): # N x H x W x C
         return self.fn["net"](self.norm(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
-# %% ../../nbs/models/08_retinexformer.ipynb #27883be3
+# %% ../../nbs/models/08_retinexformer.ipynb #fdda48f3
 class Blocks(nn.Module):
     "Guided attention and feed-forward, each added to its input, some times over (IGAB)."
     def __init__(self,
@@ -90,14 +90,14 @@ class Blocks(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(nn.ModuleList([IlluminationAttention(dim, heads), FeedForward(dim)]) for _ in range(n))
 
-    def forward(self, x, light): # N x C x H x W each
+    def forward(self, x, light, recompute=False): # N x C x H x W each; each half of a block in the backward pass
         x, light = x.permute(0, 2, 3, 1), light.permute(0, 2, 3, 1)
         for attention, feed_forward in self.blocks:
-            x = x + attention(x, light)
-            x = x + feed_forward(x)
+            x = x + recomputed(attention, x, light, on=recompute)
+            x = x + recomputed(feed_forward, x, on=recompute)
         return x.permute(0, 3, 1, 2)
 
-# %% ../../nbs/models/08_retinexformer.ipynb #1540bd17
+# %% ../../nbs/models/08_retinexformer.ipynb #3716af19
 class Denoiser(nn.Module):
     "What is wrong with a lit-up photo, removed under the guidance of its light (the corruption restorer)."
     def __init__(self,
@@ -114,18 +114,18 @@ class Denoiser(nn.Module):
         self.bottleneck = Blocks(4 * dim, 4, blocks[2])
         self.decoder_layers = nn.ModuleList([up(1), up(0)])
 
-    def forward(self, photo, light): # N x 3 x H x W, N x dim x H x W; H and W divisible by 4
+    def forward(self, photo, light, recompute=False): # N x 3 x H x W, N x dim x H x W; H and W divisible by 4
         x, skips = self.embedding(photo), []
         for blocks, halve, halve_light in self.encoder_layers:
-            skips.append((blocks(x, light), light))
+            skips.append((blocks(x, light, recompute), light))
             x, light = halve(skips[-1][0]), halve_light(light)
-        x = self.bottleneck(x, light)
+        x = self.bottleneck(x, light, recompute)
         for double, fuse, blocks in self.decoder_layers:
             skip, light = skips.pop()
-            x = blocks(fuse(torch.cat([double(x), skip], 1)), light)
+            x = blocks(fuse(torch.cat([double(x), skip], 1)), light, recompute)
         return self.mapping(x) + photo
 
-# %% ../../nbs/models/08_retinexformer.ipynb #2e5b8a5d
+# %% ../../nbs/models/08_retinexformer.ipynb #8e7a2a5a
 class Stage(nn.Module):
     "Light up, then repair; N x 3 x H x W to the same."
     def __init__(self,
@@ -135,9 +135,9 @@ class Stage(nn.Module):
         super().__init__()
         self.estimator, self.denoiser = IlluminationEstimator(dim), Denoiser(dim, blocks)
 
-    def forward(self, photo):
+    def forward(self, photo, recompute=False):
         features, factor = self.estimator(photo)
-        return self.denoiser(torch.addcmul(photo, photo, factor), features)
+        return self.denoiser(torch.addcmul(photo, photo, factor), features, recompute)
 
 class RetinexFormer(nn.Module):
     "RetinexFormer; N x 3 x H x W in [0,1] to the same shape, any H and W."
@@ -145,15 +145,19 @@ class RetinexFormer(nn.Module):
         n_feat: int = 40, # channels at full size, divisible by 4
         stage: int = 1, # how many, one after the other
         num_blocks=(1, 2, 2), # blocks at full size, half size and in the bottleneck
+        checkpointing: bool = False, # recompute blocks in the backward pass, to save memory
     ):
         super().__init__()
+        self.checkpointing = checkpointing
         self.body = nn.Sequential(*[Stage(n_feat, num_blocks) for _ in range(stage)])
         for layer in self.modules():
             if isinstance(layer, nn.Linear): nn.init.trunc_normal_(layer.weight, std=0.02)
 
     def forward(self, x): # N x 3 x H x W in [0,1]
         h, w = x.shape[-2:]
-        return self.body(pad_to_multiple(x, 4).contiguous(memory_format=torch.channels_last))[..., :h, :w]
+        x = pad_to_multiple(x, 4).contiguous(memory_format=torch.channels_last)
+        for stage in self.body: x = stage(x, self.checkpointing)
+        return x[..., :h, :w]
 
 # %% ../../nbs/models/08_retinexformer.ipynb #353ea1f6
 def infer_config(
