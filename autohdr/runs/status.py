@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STATES', 'SILENCE', 'now', 'write_status', 'read_status', 'git_state', 'git_diff', 'all_versions', 'environment_info']
 
-# %% ../../nbs/runs/01_status.ipynb #b65ac542
-import json, os, platform, socket, subprocess
+# %% ../../nbs/runs/01_status.ipynb #581b9591
+import hashlib, json, os, platform, socket, subprocess
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
@@ -106,7 +106,7 @@ def _gpus() -> list:
     except (OSError, subprocess.TimeoutExpired): return []
     return answer.stdout.split("\n")[:-1] if answer.returncode == 0 else []
 
-# %% ../../nbs/runs/01_status.ipynb #fbe15708
+# %% ../../nbs/runs/01_status.ipynb #a1623c98
 def _cpu() -> str:
     "The processor's name, as far as the system tells it."
     try: lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -115,6 +115,8 @@ def _cpu() -> str:
 
 def environment_info() -> dict:
     "The machine and the versions: what a result depends on besides its recipe."
+    changes, git = git_diff(), git_state()
+    if changes: git["diff"] = hashlib.sha256(changes.encode()).hexdigest()[:16]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return dict(host=socket.gethostname(), system=platform.platform(), python=platform.python_version(), cpu=_cpu(), cores=cores,
-                memory=f"{psutil.virtual_memory().total/2**30:.1f} GiB", gpu=", ".join(_gpus()), git=git_state(), packages=_versions())
+                memory=f"{psutil.virtual_memory().total/2**30:.1f} GiB", gpu=", ".join(_gpus()), threads=os.environ.get("OMP_NUM_THREADS", ""), git=git, packages=_versions())
