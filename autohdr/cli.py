@@ -75,7 +75,7 @@ def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run's 
     from autohdr.runs.page import render
     print(render(run_dir))
 
-# %% ../nbs/07_cli.ipynb #26258d7c
+# %% ../nbs/07_cli.ipynb #cead0562
 @app.command()
 def reproduce(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a complete run.")],
@@ -84,8 +84,7 @@ def reproduce(
 ):
     "Execute a run again and compare its numbers; exit code 1 where they differ."
     from autohdr.runs.reproduce import reproduce as again
-    table, moved, tolerance = again(run_dir, out, tolerance)
-    for name, (then, now) in moved.items(): print(f"not as it was: {name} was {then or 'not there'}, is {now or 'not there'}")
+    table, _, tolerance = again(run_dir, out, tolerance)
     off = table[~table.same]
     if len(off): print(off.drop(columns="same").to_string(index=False))
     how = "bit for bit" if tolerance == 0 else f"within {tolerance:g} of each"

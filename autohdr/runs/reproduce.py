@@ -78,7 +78,7 @@ def compare(
     equal = (table.now == table.then) | (table.now.isna() & table.then.isna() & table.number.isin(a.keys() & b.keys()))
     return table.assign(same=equal | (table.difference.abs() <= tolerance * table.then.abs()))
 
-# %% ../../nbs/runs/10_reproduce.ipynb #ca3d00e4
+# %% ../../nbs/runs/10_reproduce.ipynb #0de77f57
 ELSEWHERE = 0.02 # relative tolerance where machine, versions or code are not those of the run
 
 def _same_data(spec: Spec, then: dict):
@@ -103,8 +103,10 @@ def reproduce(
     if not (run_dir/"metrics.json").exists(): raise AutohdrError(f"{run_dir} has no metrics.json, so there are no numbers to compare.")
     _same_data(spec, status.get("inputs"))
     if threads := status["environment"].get("threads"): os.environ["OMP_NUM_THREADS"] = threads
+    differs = moved(status)
+    for name, (was, is_now) in differs.items(): print(f"not as it was: {name} was {was or 'not there'}, is {is_now or 'not there'}", flush=True)
     run(spec, folder=out, overwrite=True)
-    differs, read = moved(status), lambda folder: json.loads((folder/"metrics.json").read_text(encoding="utf-8"))
+    read = lambda folder: json.loads((folder/"metrics.json").read_text(encoding="utf-8"))
     tolerance = (ELSEWHERE if differs else 0.) if tolerance is None else tolerance
     table = compare(read(run_dir), read(out), tolerance)
     write_json(out/"reproduction.json", dict(of=str(run_dir), same=bool(table.same.all()), tolerance=tolerance, moved=differs, numbers=table.to_dict("records")))
