@@ -23,7 +23,7 @@ from ..photo import read_photo, resize
 from .recipe import Recipe
 from .state import State, all_seen, autocast, load_state, new_state, no_updates, save_state
 
-# %% ../../nbs/training/02_loop.ipynb #3da9d568
+# %% ../../nbs/training/02_loop.ipynb #3e156da6
 def load_pairs(
     recipe: Recipe,
 ): # (pairs, problems)
@@ -43,7 +43,8 @@ def folds_beside_holdout(
     pairs = assign_splits(pairs, (1 - recipe.holdout, 0, recipe.holdout), recipe.split_seed)
     out = pairs.split == "test"
     if not out.any() or out.all():
-        raise AutohdrError(f"holdout {recipe.holdout:g} of {pairs.property.nunique()} properties is {'all' if out.all() else 'none'} of them; expected some for the folds and at least one to hold out")
+        raise AutohdrError(f"holdout is {recipe.holdout:g}, and {'all' if out.all() else 'none'} of the {len(pairs)} pairs are of the split test; expected some there, which no fold sees, and some elsewhere. "
+                           "Change the table's split column, or leave it out and have one made")
     inside = assign_folds(pairs[~out], recipe.folds, recipe.split_seed)
     return pairs.assign(fold=pairs["name"].map(dict(zip(inside["name"], inside["fold"]))).fillna(-1).astype("int64"))
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'COUNTS', 'MAY_DIFFER', 'pick_device', 'autocast', 'make_schedule', 'make_ema', 'no_updates', 'State',
-           'match_report', 'overlap', 'check_input', 'starting_model', 'new_state', 'save_state', 'load_state']
+           'match_report', 'overlap', 'all_seen', 'check_input', 'starting_model', 'new_state', 'save_state',
+           'load_state']
 
 # %% ../../nbs/training/01_state.ipynb #3479f965
 import time
@@ -93,7 +94,7 @@ def match_report(
     if share < 0.5: raise AutohdrError(f"{path}: only {share:.1%} of the model's parameters are in it; start from a checkpoint of the same architecture and configuration")
     return f"{path}: {match_lines(table)}"
 
-# %% ../../nbs/training/01_state.ipynb #b5721402
+# %% ../../nbs/training/01_state.ipynb #b688dd69
 def overlap(
     source, # of a base or of starting weights
     recipe: Recipe,
@@ -106,6 +107,12 @@ def overlap(
             return (f"careful: {source} was trained on the same pairs with another {' and '.join(odd)}, so it has seen photos that this run is judged by; "
                     "its scores will flatter it")
     return ""
+
+def all_seen(
+    told, # dicts photos, properties, unknown, as in the metadata of checkpoints under `trained_on`
+) -> dict: # photos: digests of their files; properties; unknown: checkpoints that say nothing of it
+    "What several trainings have seen together."
+    return {k: sorted({v for t in told for v in t.get(k, ())}) for k in ("photos", "properties", "unknown")}
 
 def check_input(
     source, # of a base or of starting weights
@@ -129,6 +136,8 @@ def starting_model(
         table = load_weights(model, recipe.init)
         print(match_report(table, recipe.init), flush=True)
         model.metadata["transfer"] = transfer_record(table, recipe.init)
+    sources = [s for s in (recipe.base, recipe.init) if s and is_ours(s)] # other people's weights have not seen these photos
+    if sources: model.metadata["trained_on"] = all_seen([read_metadata(s).get("trained_on", dict(unknown=[str(s)])) for s in sources])
     if recipe.freeze or recipe.lr_factors: print(learning_table(model, recipe.freeze, recipe.lr_factors, recipe.lr).to_string(index=False), flush=True)
     return model
 

@@ -6,8 +6,7 @@
 __all__ = ['MEANINGS', 'matching', 'freeze', 'rate_patterns', 'parameter_groups', 'learning_table', 'check_patterns',
            'check_factors', 'check_transfer', 'transfer_record', 'transfer_table', 'odd_table']
 
-# %% ../../nbs/training/00_transfer.ipynb #fd23ede6
-import re
+# %% ../../nbs/training/00_transfer.ipynb #21d5fad5
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from types import MethodType
