@@ -10,16 +10,16 @@ __all__ = ['REPEATS', 'BASELINES', 'STYLE', 'run_folders', 'read_plan', 'read_ru
            'account_html', 'flat', 'parameters_of', 'link', 'cost_table', 'publish', 'by_photo', 'photo_tables',
            'prediction', 'original', 'pictures', 'shown_width', 'as_metrics']
 
-# %% ../../nbs/runs/09_compare.ipynb #7e90f7d8
-import hashlib, html, json, os, re, shutil
+# %% ../../nbs/runs/09_compare.ipynb #b1ca880c
+import hashlib, html, json, os, re
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, pandas as pd, yaml
 from ..core import AutohdrError, check_name, write_csv, write_json, write_text
-from ..metrics import METRICS, paired_interval, psnr_of_mse
-from .arms import difference, digits, in_words, signed
+from ..metrics import METRICS, psnr_of_mse
+from .arms import difference, digits, in_words
 from .page import duration
-from .report import facts, piece, sortable
+from .report import piece, sortable
 from .status import environment_info, now, read_status, write_status
 
 # %% ../../nbs/runs/09_compare.ipynb #112c6933
@@ -41,7 +41,7 @@ def read_plan(
     if not runs: raise AutohdrError(f"{folder} is no study: it has neither a study.json nor folders of runs.")
     return dict(name=folder.name, about="", tables=[], tables_of={}, runs=runs, planned=False)
 
-# %% ../../nbs/runs/09_compare.ipynb #08580c9c
+# %% ../../nbs/runs/09_compare.ipynb #d0bb1d04
 def _json(file: Path) -> dict:
     "A JSON file; nothing where there is none."
     try: return json.loads(file.read_text(encoding="utf-8"))
@@ -71,7 +71,8 @@ def read_run(
         out |= dict(state=status["state"], status=status, parameters=found, why="" if status["state"] == "complete" else status.get("reason") or status["state"])
         if other: out |= dict(state="changed", why=f"it has other parameters than planned ({', '.join(other)}): not a run of this plan")
         out |= dict(metrics=_json(folder/"metrics.json"), memory=_json(folder/"memory.json"), history=_csv(folder/"history.csv"),
-                    scores=_csv(folder/"scores.csv") if (folder/"scores.csv").exists() else _csv(folder/"photos.csv"), baselines=_csv(folder/"baselines.csv"))
+                    scores=_csv(folder/"scores.csv") if (folder/"scores.csv").exists() else _csv(folder/"photos.csv"), baselines=_csv(folder/"baselines.csv"),
+                    changes=hashlib.sha256((folder/"changes.diff").read_bytes()).hexdigest()[:8] if (folder/"changes.diff").exists() else "")
     except (AutohdrError, OSError, ValueError, yaml.YAMLError) as e: return out | dict(state="unreadable", why=f"a file of it can't be read: {e}")
     if not out["why"] and out["scores"].empty: out["why"] = "it is complete, and has no scores per photo (photos.csv)"
     return out
@@ -113,7 +114,7 @@ def _toy_run(run_dir: Path, size: int, fold: int, folds: int):
     write_status(run_dir, dict(state="complete", study="toy", run=run_dir.name, reason="", started=started, ended=now(), seconds=1., attempt=1, host=environment["host"],
                                git=environment.pop("git"), environment=environment, smoke=True))
 
-# %% ../../nbs/runs/09_compare.ipynb #e42a021c
+# %% ../../nbs/runs/09_compare.ipynb #65e4acea
 REPEATS = ("fold", "seed") # axes over which the runs of a configuration differ
 BASELINES = ("identity", "gamma", "polynomial")
 
@@ -128,6 +129,7 @@ def bare_name(
 def label_of(planned: dict, axes: dict) -> str:
     "What to call a configuration: the label of the plan, and the values of the grid that it does not say."
     label = planned.get("label") or ""
+    if "base" in planned: return label or planned["base"] # the plan of `autohdr study` says it all
     for axis in REPEATS: label = re.sub(rf",? *\b{axis} *[= ] *\d+", "", label)
     label = label.strip(" ,") or bare_name(planned["run"], axes)
     said = lambda axis, value: str(value) in label or f"{axis}_" in label
@@ -393,7 +395,7 @@ def difference_table(changes: pd.DataFrame, to: str):
     shown = pd.DataFrame({"configuration": changes.configuration, **{f"{METRICS[s].label} against {to}": changes[f"{s}_words"] for s in METRICS if f"{s}_words" in changes}})
     return sortable(shown, "Paired: the same photos in the same folds; the interval allows for training sets that overlap. Where the photos differ there is no difference to tell.")
 
-# %% ../../nbs/runs/09_compare.ipynb #a3156c4a
+# %% ../../nbs/runs/09_compare.ipynb #ada47b30
 def _names(runs, most: int = 6) -> str:
     "A few names, and how many more."
     runs = list(runs)
@@ -412,7 +414,7 @@ def surroundings(one: dict) -> dict: # name to text
     "What a run's numbers depend on besides its parameters."
     status = one["status"]
     env, git = status.get("environment") or {}, status.get("git") or {}
-    dirty = "none" if not git.get("dirty") else f"yes, diff {hashlib.sha256(str(git['diff']).encode()).hexdigest()[:8]}" if git.get("diff") else "yes"
+    dirty = "none" if not git.get("dirty") else f"yes, hash {one['changes']}" if one.get("changes") else "yes"
     out = {"commit": git.get("commit", "")[:10], "uncommitted changes": dirty if git else "", "host": status.get("host", ""), "device": env.get("gpu") or env.get("cpu", ""), "python": env.get("python", ""), "system": env.get("system", "")}
     out |= {f"version of {k}": v for k, v in (env.get("packages") or {}).items()} | {f"content of {k}": v for k, v in (status.get("inputs") or {}).items()}
     return out | {"smoke run": "yes" if status.get("smoke") else "no"}
