@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'main', 'run', 'report', 'reproduce', 'enhance', 'postprocess', 'evaluate', 'models', 'losses', 'weights',
-           'pairs', 'scenes', 'analyse', 'clean', 'merge', 'demo']
+           'pairs', 'scenes', 'analyse', 'clean', 'merge', 'study', 'board', 'cancel', 'demo']
 
 # %% ../nbs/07_cli.ipynb #3495bf43
 import os, sys
@@ -338,6 +338,113 @@ def merge(
     for line in problems: print(line)
     print(f"Merged photos: {out}\nReport:        {run_dir/'report.html'}" + (f"\nPairs:         {pairs}" if pairs else ""))
     if strict and len(problems): raise typer.Exit(1)
+
+# %% ../nbs/07_cli.ipynb #2db3afff
+def _not_complete(study, ended):
+    "Tell how a study stands: counts, and each run that is not complete with the reason."
+    from autohdr.runs.board import counts_of
+    print(f"{study.name}: {counts_of(t.state for t in study.tasks)}")
+    rest = [t for t in study.tasks if t.state != "complete"]
+    for task in rest: print(f"  {task.name}  {task.state}  {ended.get(task.name, ('', task.why))[1]}".rstrip())
+    if rest: print(f"Go on with: {study.command}")
+    return rest
+
+def _report_of(study):
+    "Make a study's report; False where that fails, which takes nothing from the runs."
+    from autohdr.runs.study import finish
+    try: print(f"Report: {finish(study)}")
+    except AutohdrError as e:
+        print(f"autohdr: the report could not be made: {e}", file=sys.stderr)
+        return False
+    return True
+
+def _show_plan(study, tasks):
+    "The table of a dry run."
+    from autohdr.runs.board import counts_of, lines_of
+    from autohdr.runs.study import plan_table
+    print(*lines_of(plan_table(study)), "", f"{len(study.tasks)} runs in {study.folder}: {counts_of(t.state for t in study.tasks)}; {len(tasks)} to run", sep="\n")
+    if any(t.state == "changed" for t in tasks): print("What has changed is moved to _replaced and made anew; nothing is deleted.")
+
+# %% ../nbs/07_cli.ipynb #8642c961
+def _go_on_with(file, where, profile, jobs, smoke, parameter, root):
+    "The command that goes on with a study."
+    import shlex
+    given = [("--where", where if where != "local" else None), ("--profile", profile), ("--jobs", jobs), ("--root", root if root != Path("papermill_runs") else None), *(("-p", p) for p in parameter)]
+    return shlex.join(["autohdr", "study", file, *(str(x) for name, value in given if value is not None for x in (name, value)), *(["--smoke"] if smoke else [])])
+
+def _submit(study, tasks, profile, jobs, detach):
+    "Run a study on SLURM; the report is a job of its own there."
+    from autohdr.runs import slurm
+    from autohdr.runs.study import load_study
+    slurm.submit(study, tasks, slurm.read_profile(profile), jobs)
+    if detach: return print(f"See how it goes with: autohdr board {study.folder}")
+    slurm.wait(study)
+    again = load_study(study.folder)
+    rest, page = _not_complete(again, {}), study.folder/"report.html"
+    print(f"Report: {page}" if page.exists() else "There is no report: see the job that makes it in `autohdr board`.")
+    if rest or not page.exists(): raise typer.Exit(1)
+
+# %% ../nbs/07_cli.ipynb #db5934b7
+@app.command()
+def study(
+    file: Annotated[str, typer.Argument(metavar="STUDY", help="A study's YAML file, or the name of one that comes with autohdr.")],
+    where: Annotated[str, typer.Option(help="local, or slurm.")] = "local",
+    profile: Annotated[Optional[str], typer.Option(help="Of the cluster: a YAML file, or the name of one that comes with autohdr.")] = None,
+    jobs: Annotated[Optional[int], typer.Option(min=1, help="Runs at a time; 1 here, what the profile says on a cluster.")] = None,
+    parameter: Annotated[list[str], typer.Option("-p", "--parameter", metavar="KEY=VALUE", help="Override a parameter of every run; may be repeated.")] = [],
+    retries: Annotated[int, typer.Option(min=0, help="How often a run that was killed is tried again; it goes on where it was.")] = 2,
+    failed: Annotated[bool, typer.Option("--failed", help="Only runs that were tried and did not complete.")] = False,
+    smoke: Annotated[bool, typer.Option(help="With the smoke values of the study and its recipes, in a folder of its own.")] = False,
+    detach: Annotated[bool, typer.Option("--detach", help="Submit to the cluster, and don't wait.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Check everything and show the runs; start nothing.")] = False,
+    root: Annotated[Path, typer.Option(help="Folder for runs.")] = Path("papermill_runs"),
+):
+    "Run a study: all its runs that are not complete, then the report. What changed since it was run is made anew."
+    from autohdr.core import check_name
+    from autohdr.runs.study import plan
+    check_name(where, ("local", "slurm"), "place for --where")
+    if where == "local" and (profile or detach): raise AutohdrError("--profile and --detach are of clusters: say --where slurm, too.")
+    planned = plan(file, root, smoke, overrides=parameter)
+    planned.command = _go_on_with(file, where, profile, jobs, smoke, parameter, root)
+    tasks = [t for t in planned.tasks if t.state != "complete" and not (failed and t.state in ("new", "changed"))]
+    if dry_run: return _show_plan(planned, tasks)
+    if where == "slurm": return _submit(planned, tasks, profile, jobs, detach)
+    from autohdr.runs.pool import run_local
+    ended = run_local(planned, tasks, jobs or 1, retries)
+    rest = _not_complete(planned, ended)
+    if not _report_of(planned) or rest: raise typer.Exit(1)
+
+# %% ../nbs/07_cli.ipynb #0b677397
+@app.command()
+def board(
+    study: Annotated[str, typer.Argument(metavar="STUDY", help="A study's folder, its name, or its YAML.")],
+    watch: Annotated[bool, typer.Option("--watch", help="Show it again and again, until nobody works on it.")] = False,
+    root: Annotated[Path, typer.Option(help="Folder for runs.")] = Path("papermill_runs"),
+):
+    "Show how the runs of a study stand."
+    from autohdr.runs.board import board as table, counts_of, lines_of, watch as show
+    from autohdr.runs.study import find_folder
+    folder = find_folder(study, root)
+    if watch: return show(folder)
+    rows = table(folder)
+    print(*lines_of(rows), "", counts_of(rows.state), sep="\n")
+
+@app.command()
+def cancel(
+    study: Annotated[str, typer.Argument(metavar="STUDY", help="A study's folder, its name, or its YAML.")],
+    run: Annotated[Optional[list[str]], typer.Argument(metavar="RUN", help="Names of runs; all if left out.")] = None,
+    root: Annotated[Path, typer.Option(help="Folder for runs.")] = Path("papermill_runs"),
+):
+    "End the runs of a study that wait or run, here or on a cluster. They can go on later."
+    from autohdr.runs.pool import cancel as end
+    from autohdr.runs.study import find_folder
+    folder = find_folder(study, root)
+    if (folder/"jobs.json").exists():
+        from autohdr.runs import slurm
+        slurm.cancel(folder, run or None)
+    ended = end(folder, run or ())
+    for task in ended: print(f"{task.name}  {task.state}  {task.why or 'does not start'}")
+    if not ended: print("Nothing of it waits or runs on this machine.")
 
 # %% ../nbs/07_cli.ipynb #2528b255
 def _edit_held_out(run_dir: Path, out: Path):

@@ -270,7 +270,7 @@ def _signals(pool: Pool):
     finally:
         for s, handler in before.items(): signal.signal(s, handler)
 
-# %% ../../nbs/runs/11_pool.ipynb #8416523c
+# %% ../../nbs/runs/11_pool.ipynb #259655b4
 class Stopped(AutohdrError):
     "A signal ended a study."
     def __init__(self, message: str, exit_code: int):
@@ -307,4 +307,4 @@ def run_local(
         with _signals(pool): _work(pool, every)
         _forget_requests(study.folder)
     if not pool.signals: return pool.ended
-    raise Stopped(f"{study.name} stopped by {signal.Signals(pool.signals[0]).name}: {counts_of(t.state for t in study.tasks)}.", 128 + pool.signals[0])
+    raise Stopped(f"{study.name} stopped by {signal.Signals(pool.signals[0]).name}: {counts_of(t.state for t in study.tasks)}.{f' Go on with: {study.command}' if study.command else ''}", 128 + pool.signals[0])
