@@ -109,7 +109,7 @@ class _Engine(NBClientEngine):
 
 papermill_engines.register("autohdr", _Engine)
 
-# %% ../../nbs/runs/04_execute.ipynb #81865e66
+# %% ../../nbs/runs/04_execute.ipynb #6d330f9f
 GRACE = 10. # seconds that a kernel has between the signal and its end
 SAVING = 2. # seconds before that in which training may save, after SIGTERM
 PAUSED = 75 # exit code of a paused run: try again later, as sysexits.h has it
@@ -125,7 +125,7 @@ class Job:
     "A run while it goes on."
     def __init__(self, run_dir: Path, status: dict, log: Log):
         self.run_dir, self.status, self.log, self.kernel, self.stop_file = run_dir, status, log, _Kernel(), run_dir/"stop"
-        self.signal, self.pausing, self.timers, self.nb, self.lock = None, False, [], None, threading.Lock()
+        self.signal, self.asked, self.pausing, self.timers, self.nb, self.lock = None, 0., False, [], None, threading.Lock()
 
     def write(self, **news):
         "Put news into status.json."
@@ -148,8 +148,8 @@ class Job:
 
     def stop(self, number: int, frame=None):
         "Signal handler: interrupt the kernel, and kill it after a while."
-        again, self.signal = self.signal, number
-        if not self.running(): return
+        again, self.signal, last, self.asked = self.signal, number, self.asked, time.monotonic()
+        if not self.running() or (again and self.asked - last < 1): return # SLURM sends each signal twice, srun and the node's daemon
         if again: return kill_group(self.kernel.popen.pid)
         wait = SAVING if number == signal.SIGTERM else 0
         if wait: self.stop_file.touch()
