@@ -1,7 +1,6 @@
 """The studies: equal budgets, what is fitted comes from the training pairs, the same photos judge all arms; a report that says what is missing."""
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -9,17 +8,16 @@ import pytest
 
 from autohdr.data.analysis import analyse
 from autohdr.data.cleaning import fit_limits, judge, reasons
-from autohdr.data.pairs import read_pairs, save_pairs
+from autohdr.data.pairs import read_pairs
 from autohdr.runs.execute import run
 from autohdr.runs.spec import make_spec
 
-STUDIES = Path(__file__).parent.parent / "papermill_runs/studies"
-STUDY = STUDIES / "cleaning.yaml"
+STUDY, PRE_POST = "cleaning_study", "pre_post_study"
 
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    return run(make_spec(str(STUDY), name="smoke", smoke=True), tmp_path_factory.mktemp("runs"), echo=False)
+    return run(make_spec(STUDY, name="smoke", smoke=True), tmp_path_factory.mktemp("runs"), echo=False)
 
 
 def test_the_budget_is_the_same_and_the_same_photos_judge(study):
@@ -63,54 +61,19 @@ def test_the_differences_are_those_of_the_photos(study):
 
 
 def test_a_killed_study_goes_on(study, tmp_path):
-    shutil.copytree(study, tmp_path / "cleaning/smoke")
-    kept = sorted((tmp_path / "cleaning/smoke/parts").glob("*.csv"))
+    shutil.copytree(study, tmp_path / "cleaning_study/smoke")
+    kept = sorted((tmp_path / "cleaning_study/smoke/parts").glob("*.csv"))
     kept[0].unlink()
     ages = {p: p.stat().st_mtime_ns for p in kept[1:]}
-    run(make_spec(str(STUDY), name="smoke", smoke=True), tmp_path, resume=True, echo=False)
+    run(make_spec(STUDY, name="smoke", smoke=True), tmp_path, resume=True, echo=False)
     assert kept[0].exists() and all(p.stat().st_mtime_ns == t for p, t in ages.items()), "what was done is not done again"
-    a, b = (pd.read_csv(folder / "photos.csv") for folder in (study, tmp_path / "cleaning/smoke"))
+    a, b = (pd.read_csv(folder / "photos.csv") for folder in (study, tmp_path / "cleaning_study/smoke"))
     assert np.allclose(a.select_dtypes("number"), b.select_dtypes("number")), "and the numbers are the same"
 
 
 @pytest.fixture(scope="module")
-def losses(tmp_path_factory):
-    """Where there are no VGG weights."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("AUTOHDR_CACHE", "TORCH_HOME"):
-            patch.setenv(name, str(tmp_path_factory.mktemp("cache")))
-        return run(make_spec(str(STUDIES / "losses.yaml"), name="smoke", smoke=True), tmp_path_factory.mktemp("runs"), echo=False)
-
-
-def test_losses_have_equal_budgets_and_the_same_judges(losses):
-    scores = pd.read_csv(losses / "photos.csv", dtype={"name": str}, keep_default_na=False)
-    assert set(scores.arm) == {"L1", "L1, windows twice"} and set(scores.updates) == {2}
-    judges = scores.groupby(["fold", "seed", "arm"])["name"].agg(lambda names: tuple(sorted(names))).unstack()
-    assert judges.nunique(axis=1).eq(1).all()
-    table = read_pairs(losses / "pairs.csv").set_index("name")
-    assert all(table.fold[name] == fold for name, fold in zip(scores["name"], scores.fold)), "each photo is judged while it is held out"
-    means = scores.groupby(["arm", "fold"]).l1.mean().unstack("arm")
-    told = json.loads((losses / "metrics.json").read_text())
-    assert told["differences"]["L1, windows twice"]["l1"]["mean"] == pytest.approx((means["L1, windows twice"] - means["L1"]).mean(), abs=1e-9)
-
-
-def test_a_row_says_that_weights_are_missing(losses):
-    told, report = json.loads((losses / "metrics.json").read_text()), (losses / "report.html").read_text()
-    assert "vgg16" in told["missing"]["0.9 L1 + 0.1 VGG"] and "not trained: VGG weights missing" in report
-    assert len(list((losses / "crops").glob("*.png"))) == 2 and "edit, L1" not in report and "L1, windows twice, L1 0." in report
-
-
-def test_a_pair_without_windows_does_no_harm(losses, tmp_path):
-    table = read_pairs(losses / "pairs.csv")[:6]
-    table.loc[:1, "window"] = ""
-    save_pairs(table.assign(split=""), tmp_path / "pairs.csv")
-    done = run(make_spec(str(STUDIES / "losses.yaml"), [f"pairs={tmp_path / 'pairs.csv'}", "losses={A: l1, B: {ssim: 1e-1}}", "epoch_updates=1"], "few", True), tmp_path, echo=False)
-    assert json.loads((done / "metrics.json").read_text())["arms"]["B"]["l1_window"] > 0
-
-
-@pytest.fixture(scope="module")
 def pre_post(tmp_path_factory):
-    return run(make_spec(str(STUDIES / "pre_post.yaml"), name="smoke", smoke=True), tmp_path_factory.mktemp("runs"), echo=False)
+    return run(make_spec(PRE_POST, name="smoke", smoke=True), tmp_path_factory.mktemp("runs"), echo=False)
 
 
 def test_scores_before_and_after_processing_are_apart(pre_post):
@@ -127,4 +90,4 @@ def test_scores_before_and_after_processing_are_apart(pre_post):
 
 @pytest.mark.parametrize("post", ["saturation", "all", "[{step: saturation, factor: 1.1}]"])
 def test_post_processing_is_named_not_looked_for_as_a_file(post):
-    assert make_spec(str(STUDIES / "pre_post.yaml"), [f"post={post}"]).parameters["post"] == post
+    assert make_spec(PRE_POST, [f"post={post}"]).parameters["post"] == post
