@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['NO_PRETRAINING', 'SAVE_EVERY', 'load_pairs', 'folds_beside_holdout', 'select', 'train_dataset', 'epoch_batches',
-           'training_terms', 'TrainingDiverged', 'backward', 'update', 'add_group', 'train_epoch', 'validate',
-           'end_epoch', 'epoch_line', 'alike', 'pretrain_recipe', 'pretrain', 'first_state', 'remember_look',
-           'remember_photos', 'pause', 'progress_of', 'run_epoch', 'explain', 'train']
+           'counts', 'training_terms', 'TrainingDiverged', 'backward', 'update', 'add_group', 'train_epoch', 'validate',
+           'end_epoch', 'epoch_line', 'alike', 'pretrain_recipe', 'pretrain_table', 'pretrain', 'first_state',
+           'remember_look', 'remember_photos', 'pause', 'progress_of', 'run_epoch', 'explain', 'train']
 
-# %% ../../nbs/training/02_loop.ipynb #fd7f76a5
+# %% ../../nbs/training/02_loop.ipynb #108e80ae
 import itertools, math, time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from ..data.reference import mean_histogram, to_json
 from ..metrics import l1, psnr
 from ..models.zoo import read_metadata, save_model
 from ..photo import read_photo, resize
+from .processes import add_up, add_up_gradients, add_up_numbers, from_main, gather, launch, main_first, rank, size
 from .recipe import Recipe
 from .state import State, all_seen, autocast, load_state, new_state, no_updates, save_state
 
@@ -62,23 +63,23 @@ def select(
     if not len(parts["train"]): raise AutohdrError(f"none of the {len(pairs)} pairs is left for training; add pairs or change their split column")
     return {k: v.reset_index(drop=True) for k, v in parts.items()}
 
-# %% ../../nbs/training/02_loop.ipynb #19646496
+# %% ../../nbs/training/02_loop.ipynb #9dd622b6
 def train_dataset(
     pairs: pd.DataFrame, # the training split
     recipe: Recipe,
 ) -> PairDataset:
     "Random crops as the recipe wants them."
     return PairDataset(pairs, size=recipe.size, squash=recipe.squash, crop=recipe.crop, crop_scale=recipe.crop and recipe.crop_scale or None,
-                       flip=recipe.flip, input_gamma=recipe.input_gamma, gamma_jitter=recipe.gamma_jitter, gain_jitter=recipe.gain_jitter, seed=recipe.seed)
+                       flip=recipe.flip, input_gamma=recipe.input_gamma, gamma_jitter=recipe.gamma_jitter, gain_jitter=recipe.gain_jitter, seed=recipe.seed, cache_mb=4096 // size())
 
 def epoch_batches(
     dataset: PairDataset, # for training
     recipe: Recipe,
     epoch: int, # from 0
     done: int = 0, # batches that a run which goes on has behind it
-): # yields batches
+): # yields batches, with the number of photos `of_all` processes and of this `own` one
     "The batches of an epoch, or those that are left: `repeats` passes, or as many as `epoch_updates` takes, each with crops and order of its own."
-    loader = make_loader(dataset, recipe.batch_size, shuffle=True, seed=recipe.seed, workers=recipe.workers)
+    loader = make_loader(dataset, recipe.batch_size, shuffle=True, seed=recipe.seed, workers=recipe.workers, rank=rank(), processes=size())
     left = recipe.epoch_updates * recipe.accumulate or len(loader) * recipe.repeats
     passes = math.ceil(left / len(loader))
     for i in range(passes):
@@ -86,8 +87,17 @@ def epoch_batches(
         if done < n:
             dataset.set_epoch(epoch * passes + i)
             loader.batch_sampler.start = done
-            yield from itertools.islice(loader, n - done)
+            for at, batch in zip(range(done, n), loader): yield batch | counts(len(dataset), recipe.batch_size, at)
         left, done = left - n, max(0, done - n)
+
+def counts(
+    photos: int, # in a pass
+    batch_size: int, # of each process
+    at: int, # number of the batch in the pass
+) -> dict: # of_all, own
+    "How many photos a batch has in all processes and in this one; 0 where it only has another's photo so as to take part."
+    of_all = min(batch_size * size(), photos - at * batch_size * size())
+    return dict(of_all=of_all, own=min(max(of_all - rank() * batch_size, 0), batch_size))
 
 # %% ../../nbs/training/02_loop.ipynb #1baccd39
 def training_terms(
@@ -100,17 +110,18 @@ def training_terms(
     if hasattr(model, "training_terms"): return model.training_terms(before, after, loss)
     return {"loss": loss(model(before).float(), after)}
 
-# %% ../../nbs/training/02_loop.ipynb #21d1e01b
+# %% ../../nbs/training/02_loop.ipynb #995e1318
 class TrainingDiverged(AutohdrError):
     "A loss or gradient stopped being finite."
 
 def backward(
     state: State,
-    batch: dict, # before, after: N x 3 x H x W; name: N strings
-    share: float, # of the photos of this update
+    batch: dict, # before, after: N x 3 x H x W; name: N strings; own, of_all: numbers of photos
+    share: float, # of this process's photos among those of this update
     recipe: Recipe,
 ) -> dict: # value of each term, unweighted
     "Add one batch's gradient."
+    state.loss.over_all = lambda values: add_up(values * (batch["own"] / batch["of_all"])) if size() > 1 else values
     before, after = (batch[k].to(state.device, non_blocking=True) for k in ("before", "after"))
     with autocast(recipe.precision, state.device):
         terms = training_terms(state.model, before, after, lambda pred, target: state.loss(pred, target)[0])
@@ -120,17 +131,19 @@ def backward(
     (_, main), *further = terms.items()
     return {"loss": main.item()} | {name: term.item() for name, term in further}
 
-# %% ../../nbs/training/02_loop.ipynb #aa83ba39
+# %% ../../nbs/training/02_loop.ipynb #1bd901be
 def update(
     state: State,
     recipe: Recipe,
     names: list, # photos of this update, for the error message
 ) -> float: # norm of the gradient before clipping; nan if the scaler skipped the update
-    "Clip, step, average the weights."
+    "Sum over the processes, clip, step, average the weights."
+    add_up_gradients(state.model.parameters())
     state.scaler.unscale_(state.optimiser)
     norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), recipe.clip or math.inf)
     scale = state.scaler.get_scale()
     if not norm.isfinite() and (recipe.precision != "fp16" or scale < 1):
+        names = sorted({name for theirs in gather(names) for name in theirs})
         raise TrainingDiverged(f"the gradient's norm is {norm.item()} at step {state.step + 1} (epoch {state.epoch + 1}), photos {', '.join(names)}")
     state.scaler.step(state.optimiser)
     state.scaler.update()
@@ -141,20 +154,20 @@ def update(
     state.step += 1
     return norm.item()
 
-# %% ../../nbs/training/02_loop.ipynb #b87068b3
+# %% ../../nbs/training/02_loop.ipynb #c912b0aa
 def add_group(
     state: State,
     group: list, # batches of one update
     recipe: Recipe,
 ):
     "One update, noted in `state.partial`."
-    names, so_far = [name for batch in group for name in batch["name"]], state.partial
+    photos, so_far, sums = sum(batch["of_all"] for batch in group), state.partial, {}
     for batch in group:
-        n = len(batch["name"])
-        for name, value in backward(state, batch, n / len(names), recipe).items(): so_far["sums"][name] = so_far["sums"].get(name, 0.) + value * n
-    norm = update(state, recipe, names)
+        for name, value in backward(state, batch, batch["own"] / photos, recipe).items(): sums[name] = sums.get(name, 0.) + value * batch["own"]
+    norm = update(state, recipe, [name for batch in group for name in batch["name"]])
+    for name, total in zip(sums, add_up_numbers(list(sums.values()), state.device)): so_far["sums"][name] = so_far["sums"].get(name, 0.) + total
     so_far["updates"] += 1
-    so_far["photos"] += len(names)
+    so_far["photos"] += photos
     if not math.isnan(norm): so_far |= dict(norm=so_far["norm"] + norm, norms=so_far["norms"] + 1)
 
 def train_epoch(
@@ -173,7 +186,7 @@ def train_epoch(
     means = {name: total / so_far["photos"] for name, total in so_far["sums"].items()}
     return means | {f"share_{name}": s for name, s in shares.items() if len(shares) > 1} | dict(grad_norm=so_far["norm"] / so_far["norms"] if so_far["norms"] else math.nan)
 
-# %% ../../nbs/training/02_loop.ipynb #833c8f69
+# %% ../../nbs/training/02_loop.ipynb #346c4606
 @torch.no_grad()
 def validate(
     model: torch.nn.Module,
@@ -181,18 +194,19 @@ def validate(
     device: torch.device,
     precision: str = "fp32",
 ) -> dict: # val_l1, val_psnr: means over photos
-    "Score a model on validation photos."
+    "Score a model on validation photos, which the processes share."
     model.eval()
     rows = []
-    for i in range(len(dataset)):
+    for i in range(rank(), len(dataset), size()):
         item = dataset[i]
         with autocast(precision, device): pred = model(item["before"][None].to(device))[0]
         if not pred.isfinite().all(): raise TrainingDiverged(f"the validation of photo {item['name']} gives values that are not finite")
         pred, target = (t.float().clamp(0, 1).permute(1, 2, 0).cpu().numpy() for t in (pred, item["after"]))
-        rows.append((l1(pred, target), psnr(pred, target)))
-    return dict(zip(("val_l1", "val_psnr"), (sum(r) / len(rows) for r in zip(*rows))))
+        rows.append((i, l1(pred, target), psnr(pred, target)))
+    rows = sorted(row for theirs in gather(rows) for row in theirs) # added up in one order, however many they are
+    return {name: sum(row[k] for row in rows) / len(rows) for k, name in ((1, "val_l1"), (2, "val_psnr"))}
 
-# %% ../../nbs/training/02_loop.ipynb #15674a3c
+# %% ../../nbs/training/02_loop.ipynb #551c53d3
 def end_epoch(
     state: State,
     recipe: Recipe,
@@ -200,16 +214,16 @@ def end_epoch(
     row: dict, # of history.csv
     print_id: str, # fingerprint of the pairs
 ) -> bool: # whether to go on
-    "Keep the books: best epoch, checkpoint, history, state."
+    "Keep the books: best epoch, checkpoint, history, state. Of several processes the main one writes."
     judged = "val_l1" in row
     better = judged and row["val_l1"] < state.best
     if better: state.best, state.since_best = row["val_l1"], 0
     elif judged: state.since_best += recipe.val_every
     state.history.append(row)
     state.partial, state.clock = no_updates(), time.monotonic()
-    if better or (math.isinf(state.best) and not judged): # the metadata of a checkpoint is all that is known of it
+    if rank() == 0 and (better or (math.isinf(state.best) and not judged)): # the metadata of a checkpoint is all that is known of it
         save_model(state.ema.module, run_dir/"model.safetensors", recipe=asdict(recipe), epoch=state.epoch, validation={k: v for k, v in row.items() if k.startswith("val_")})
-    write_csv(run_dir/"history.csv", pd.DataFrame(state.history))
+    if rank() == 0: write_csv(run_dir/"history.csv", pd.DataFrame(state.history))
     save_state(state, run_dir/"resume.pt", recipe, print_id)
     return not (recipe.patience and state.since_best >= recipe.patience)
 
@@ -236,7 +250,7 @@ def alike(
     known = lambda path: bool((np.abs(theirs - looks[path]).max(1) <= tolerance).any())
     return [known(b) or known(a) for b, a in zip(pairs["before"], pairs["after"])]
 
-# %% ../../nbs/training/02_loop.ipynb #0ab6091c
+# %% ../../nbs/training/02_loop.ipynb #ba3ade84
 NO_PRETRAINING = dict(pretrain_pairs="", pretrain_epochs=0, pretrain_lr=0.)
 
 def pretrain_recipe(
@@ -246,13 +260,12 @@ def pretrain_recipe(
     return replace(recipe, **NO_PRETRAINING, pairs=recipe.pretrain_pairs, property_from="", epochs=recipe.pretrain_epochs, lr=recipe.pretrain_lr or recipe.lr,
                    warmup_epochs=min(recipe.warmup_epochs, recipe.pretrain_epochs // 2), repeats=1, epoch_updates=0, folds=0, fold=-1, holdout=0., freeze=[], lr_factors={})
 
-def pretrain(
-    recipe: Recipe, # with pretrain_pairs
+def pretrain_table(
+    first: Recipe, # from `pretrain_recipe`
     judges: pd.DataFrame, # pairs that judge what comes after: they are left out
-    run_dir, # folder of the first phase
-) -> Path: # its checkpoint
-    "The first phase of a run; goes on where it was killed."
-    first, run_dir = pretrain_recipe(recipe), Path(run_dir)
+    run_dir: Path, # folder of the first phase; pairs.csv and problems.csv go there
+) -> pd.DataFrame: # pairs
+    "Who pretrains."
     print(f"pretraining on {first.pairs}", flush=True)
     pairs, problems = load_pairs(first)
     seen = np.array(alike(pairs, judges), bool)
@@ -262,10 +275,19 @@ def pretrain(
     save_pairs(pairs, run_dir/"pairs.csv") # who pretrained and who did not, and why
     write_csv(run_dir/"problems.csv", problems)
     print(f"{len(pairs)} pairs, {len(problems)} problems", flush=True)
-    train(first, pairs, run_dir)
-    return run_dir/"model.safetensors"
+    return pairs
 
-# %% ../../nbs/training/02_loop.ipynb #fcdbe286
+def pretrain(
+    recipe: Recipe, # with pretrain_pairs
+    judges: pd.DataFrame, # as above
+    run_dir, # folder of the first phase
+) -> Path: # its checkpoint
+    "The first phase of a run; goes on where it was killed."
+    first, run_dir = pretrain_recipe(recipe), Path(run_dir)
+    train(first, from_main(lambda: pretrain_table(first, judges, run_dir)), run_dir)
+    return from_main(lambda: run_dir/"model.safetensors") # nobody reads it before it is written
+
+# %% ../../nbs/training/02_loop.ipynb #d371d8ce
 def first_state(
     recipe: Recipe,
     parts: dict, # from `select`
@@ -274,7 +296,8 @@ def first_state(
 ) -> State:
     "The state before the first epoch, after pretraining if the recipe wants it."
     n = len(parts["train"])
-    if not recipe.pretrain_pairs: return new_state(recipe, n)
+    if not recipe.pretrain_pairs:
+        with main_first(): return new_state(recipe, n)
     file = pretrained or pretrain(recipe, pd.concat([t for part, t in parts.items() if part != "train"]), run_dir/"pretrain")
     print("pretrained; now the pairs themselves", flush=True)
     state = new_state(replace(recipe, **NO_PRETRAINING, init=str(file)), n)
@@ -303,7 +326,7 @@ def remember_photos(
     seen = all_seen([state.model.metadata.get("trained_on", {}), own])
     for model in (state.model, state.ema.module): model.metadata = model.metadata | dict(trained_on=seen)
 
-# %% ../../nbs/training/02_loop.ipynb #9d2f6558
+# %% ../../nbs/training/02_loop.ipynb #543eb4b6
 SAVE_EVERY = 600. # seconds, within an epoch
 
 def pause(
@@ -313,8 +336,9 @@ def pause(
     print_id: str, # fingerprint of the pairs
 ):
     "Save the state if it is time to, or if a stop is asked for; then stop."
-    stop, now = stop_requested(), time.monotonic()
-    if not stop and now - state.clock < SAVE_EVERY: return
+    now = time.monotonic()
+    stop, due = add_up_numbers([stop_requested(), now - state.clock >= SAVE_EVERY], state.device) # of several processes one is enough
+    if not stop and not due: return
     state.partial["seconds"] += now - state.clock
     state.clock = now
     save_state(state, file, recipe, print_id)
@@ -351,7 +375,7 @@ def explain(
     kept = f"the weights of epoch {state.epoch} or before are in {run_dir/'model.safetensors'}" if (run_dir/"model.safetensors").exists() else "no epoch was finished"
     return TrainingDiverged(f"{error}; {kept}. Try a lower lr (now {recipe.lr}), clip, or precision bf16 or fp32 (now {recipe.precision})")
 
-# %% ../../nbs/training/02_loop.ipynb #bf1c0f23
+# %% ../../nbs/training/02_loop.ipynb #a3d15cd7
 def train(
     recipe: Recipe,
     pairs: pd.DataFrame, # all of them; `select` says who trains
@@ -359,10 +383,11 @@ def train(
     pretrained=None, # checkpoint of `pretrain`, where several runs share one; None: this run pretrains by itself if the recipe says so
 ) -> pd.DataFrame: # the history, a row per epoch
     "Train, or go on where a killed or stopped run of the same recipe in the same folder was."
-    run_dir, parts, print_id = Path(run_dir), select(pairs, recipe), fingerprint(pairs)
+    if recipe.processes > 1 and size() == 1: return launch(train, recipe, pairs, run_dir, pretrained, processes=recipe.processes, device=recipe.device)
+    run_dir, parts, print_id = Path(run_dir), select(pairs, recipe), from_main(lambda: fingerprint(pairs))
     n, file = len(parts["train"]), Path(run_dir)/"resume.pt"
     state = load_state(file, recipe, n, print_id) if file.exists() else first_state(recipe, parts, run_dir, pretrained)
-    if "reference" not in state.ema.module.metadata:
+    if rank() == 0 and "reference" not in state.ema.module.metadata:
         remember_photos(state, parts["train"])
         remember_look(state, parts["train"])
     if state.step: print(f"going on after {progress_of(state)}", flush=True)

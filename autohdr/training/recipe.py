@@ -128,13 +128,13 @@ def check_together(
         raise AutohdrError(f"base is '{r.base}', a checkpoint that says what the base is, and model_config says it too; expected one of them")
     if not r.base: check_transfer(r.model, r.model_config, r.freeze, r.lr_factors) # with one, its file says what the model is
 
-# %% ../../nbs/training/00_recipe.ipynb #2e93fa33
+# %% ../../nbs/training/00_recipe.ipynb #31f996df
 def updates_per_epoch(
     recipe: Recipe,
     photos: int, # in the training split
 ) -> int:
     "Optimiser steps in an epoch; a last, smaller group of batches counts as one."
-    return recipe.epoch_updates or math.ceil(math.ceil(photos / recipe.batch_size) * recipe.repeats / recipe.accumulate)
+    return recipe.epoch_updates or math.ceil(math.ceil(photos / (recipe.batch_size * recipe.processes)) * recipe.repeats / recipe.accumulate)
 
 # %% ../../nbs/training/00_recipe.ipynb #0fb6e7a9
 def ema_weight(

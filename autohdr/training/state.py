@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'COUNTS', 'MAY_DIFFER', 'pick_device', 'autocast', 'make_schedule', 'make_ema', 'no_updates', 'State',
-           'match_report', 'overlap', 'all_seen', 'check_input', 'starting_model', 'new_state', 'save_state',
-           'load_state']
+           'match_report', 'overlap', 'all_seen', 'check_input', 'starting_model', 'new_state', 'random_state',
+           'save_state', 'load_state', 'restore_random']
 
-# %% ../../nbs/training/01_state.ipynb #3479f965
+# %% ../../nbs/training/01_state.ipynb #efc1c104
 import time
 from dataclasses import asdict, dataclass, field
 import pandas as pd, torch
@@ -17,6 +17,7 @@ from ..core import AutohdrError, atomic_path
 from ..losses.combined import CombinedLoss
 from ..models.weights import create_on_base, is_ours, load_weights, match_lines
 from ..models.zoo import create_model, read_metadata
+from .processes import gather, own_random_numbers, rank
 from .recipe import Recipe, ema_weight, updates_per_epoch
 from .transfer import freeze, learning_table, parameter_groups, transfer_record
 
@@ -141,7 +142,7 @@ def starting_model(
     if recipe.freeze or recipe.lr_factors: print(learning_table(model, recipe.freeze, recipe.lr_factors, recipe.lr).to_string(index=False), flush=True)
     return model
 
-# %% ../../nbs/training/01_state.ipynb #1becead3
+# %% ../../nbs/training/01_state.ipynb #e3f76620
 def new_state(
     recipe: Recipe,
     photos: int, # in the training split; fixes the schedule
@@ -158,11 +159,18 @@ def new_state(
     schedule = make_schedule(optimiser, recipe.warmup_epochs * per_epoch, recipe.epochs * per_epoch)
     scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
     loss = CombinedLoss(recipe.loss, recipe.loss_normalise, recipe.vgg_weights).to(device)
+    own_random_numbers(recipe.seed)
     return State(model, loss, make_ema(model, recipe.ema_decay), optimiser, schedule, scaler, device)
 
-# %% ../../nbs/training/01_state.ipynb #e06f8acc
+# %% ../../nbs/training/01_state.ipynb #1587d86c
 PARTS = ("model", "ema", "optimiser", "schedule", "scaler", "loss")
 COUNTS = ("epoch", "step", "best", "since_best", "history", "partial")
+
+def random_state(
+    device: torch.device, # the model's
+) -> dict: # of this process
+    "Where the random numbers are that a model draws."
+    return dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
 
 def save_state(
     state: State,
@@ -170,13 +178,14 @@ def save_state(
     recipe: Recipe,
     fingerprint: str, # of the pairs
 ):
-    "Write the state atomically."
+    "Write the state atomically; of several processes the main one writes."
+    randoms = gather(random_state(state.device))
+    if rank(): return
     data = {k: getattr(state, k).state_dict() for k in PARTS} | {k: getattr(state, k) for k in COUNTS}
-    data |= dict(recipe=asdict(recipe), config=state.model.config, metadata=state.model.metadata, fingerprint=fingerprint, threads=torch.get_num_threads(), shares=state.loss.sums, rng=torch.get_rng_state(),
-                 cuda_rng=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
+    data |= dict(recipe=asdict(recipe), config=state.model.config, metadata=state.model.metadata, fingerprint=fingerprint, threads=torch.get_num_threads(), shares=state.loss.sums, randoms=randoms)
     with atomic_path(path) as tmp: torch.save(data, tmp)
 
-# %% ../../nbs/training/01_state.ipynb #d86471e2
+# %% ../../nbs/training/01_state.ipynb #5e67b230
 MAY_DIFFER = ("workers", "device") # fields that do not change what a run computes
 
 def load_state(
@@ -201,6 +210,14 @@ def load_state(
     if "shares" in data: state.loss.sums = data["shares"].to(state.device)
     if data["threads"] != torch.get_num_threads():
         print(f"going on with {torch.get_num_threads()} CPU threads, not {data['threads']}: the weights will differ in their last digits from an uninterrupted run's", flush=True)
-    torch.set_rng_state(data["rng"])
-    if data["cuda_rng"] and torch.cuda.is_available(): torch.cuda.set_rng_state_all(data["cuda_rng"])
+    restore_random(data, state.device)
     return state
+
+def restore_random(
+    data: dict, # that `save_state` wrote
+    device: torch.device, # the model's
+):
+    "Go on with this process's random numbers."
+    mine = data["randoms"][rank()] if "randoms" in data else dict(cpu=data["rng"], cuda=(data["cuda_rng"] + [None])[0]) # one process, in an older version
+    torch.set_rng_state(mine["cpu"])
+    if device.type == "cuda" and mine["cuda"] is not None: torch.cuda.set_rng_state(mine["cuda"], device)
