@@ -253,7 +253,7 @@ def _cell(column: str, value, low: float, high: float) -> str:
     tint = f" style='background:rgba(180,84,36,{0.35*bad:.2f})'" if np.isfinite(bad) else ""
     return f"<td data-v='{value}'{tint}>{number(column, value)}</td>"
 
-# %% ../../nbs/runs/02_report.ipynb #3612b0ba
+# %% ../../nbs/runs/02_report.ipynb #9f218524
 def sortable(
     table: pd.DataFrame, # any; columns named after a score are labelled and tinted, best to worst
     note: str = "", # a line under the table
@@ -265,7 +265,8 @@ def sortable(
     groups = {c: [d for d in numeric if like.get(d, d) == like.get(c, c)] for c in numeric}
     spread = {c: (table[groups[c]].min().min(), table[groups[c]].max().max()) if c in groups else (0, 1) for c in table}
     label = lambda c: metric_of(c)[1] if c not in like and metric_of(str(c)) else {"mse": "MSE"}.get(c, str(c))
-    head = "".join(f"<th><button type='button' onclick=\"{_SORT}\">{html.escape(label(c))}</button></th>" for c in table)
+    kind = lambda c: "" if c in numeric else " class='text'"
+    head = "".join(f"<th{kind(c)}><button type='button' onclick=\"{_SORT}\">{html.escape(label(c))}</button></th>" for c in table)
     cell = lambda c, v, i: _linked(_cell(str(like.get(c, c)), v, *spread[c]), (links.get(c) or {i: ""})[i])
     rows = "".join("<tr>" + "".join(cell(c, v, i) for c, v in zip(table, row)) + "</tr>" for i, row in enumerate(table.itertuples(index=False)))
     return piece(f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div><p class='note'>{html.escape(note)}</p>")

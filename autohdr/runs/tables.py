@@ -85,9 +85,9 @@ def study_figures(
     wide = rows.pivot(index="row", columns="figure", values="claimed")[list(dict.fromkeys(rows.figure))].reindex(order).fillna("–")
     return wide.assign(recomputed=rows.groupby("row").recomputed.agg(lambda r: "; ".join(filter(None, r))).reindex(order)).rename_axis(columns=None)
 
-# %% ../../nbs/runs/12_tables.ipynb #4efd41c7
-_STYLE = """<style>.ah td.theirs,.ah th.theirs{color:#5c6670;background:#8881} .ah td.theirs{font-style:italic;text-align:left} .ah th.theirs:first-of-type{border-left:2px solid #8886}
-.ah tr.sections th{text-align:left;border-bottom:0;padding-bottom:0} .ah td.recomputed{min-width:18em;white-space:normal} .ah td.words{white-space:normal;min-width:12em;text-align:left}</style>"""
+# %% ../../nbs/runs/12_tables.ipynb #d49193c5
+_STYLE = """<style>.ah .both th,.ah .both td{padding:.35em .5em;font-size:13px} .ah .both th{white-space:normal;vertical-align:bottom} .ah td.none{text-align:left;opacity:.6} .ah td.theirs,.ah th.theirs{color:#5c6670;background:#8881} .ah td.theirs{font-style:italic;text-align:left} .ah th.theirs:first-of-type{border-left:2px solid #8886}
+.ah tr.sections th{text-align:left;border-bottom:0;padding-bottom:0} .ah td.recomputed{min-width:12em;white-space:normal} .ah td.words{white-space:normal;min-width:8em;text-align:left}</style>"""
 
 def beside(
     name: str, # of a table
@@ -96,18 +96,17 @@ def beside(
 ):
     "Our rows beside the study's."
     theirs, columns = study_figures(name), [c for c in ours if c != "study"]
-    left = [(tuple(row[c] for c in columns), row["study"]) for row in ours.to_dict("records")]
-    left += [(("not among these runs", *["–"]*(len(columns) - 1)), row) for row in theirs.index if row not in set(ours.study)]
-    wordy = {c for c in columns[1:] if ours[c].astype(str).str.len().max() > 24}
-    cells = lambda values: "".join(f"<td class='{'text' if i == 0 else 'words' if c in wordy else ''}'>{html.escape(str(v))}</td>" for i, (c, v) in enumerate(zip(columns, values)))
+    left = [([row[c] for c in columns], row["study"]) for row in ours.to_dict("records")] + [(None, row) for row in theirs.index if row not in set(ours.study)]
+    wordy = {c for c in columns if ours[c].astype(str).str.len().max() > 20}
+    cells = lambda values: f"<td class='none' colspan='{len(columns)}'>not among these runs</td>" if values is None else "".join(f"<td class='{'words' if c in wordy else 'text' if i == 0 else ''}'>{html.escape(str(v))}</td>" for i, (c, v) in enumerate(zip(columns, values)))
     cited = lambda c, v: f"<td class='theirs{' recomputed' if c == 'recomputed' else ''}'>{html.escape(v)}</td>"
     study = lambda row: cited("", row) + "".join(cited(c, theirs.loc[row, c]) for c in theirs) if row else f"<td class='theirs' colspan='{len(theirs.columns) + 1}'></td>"
     head = (f"<tr class='sections'><th colspan='{len(columns)}'>these runs</th><th class='theirs' colspan='{len(theirs.columns) + 1}'>the study, on other data</th></tr><tr>"
             + "".join(f"<th>{html.escape(c)}</th>" for c in columns) + "".join(f"<th class='theirs'>{html.escape(c)}</th>" for c in ("row", *theirs)) + "</tr>")
     body = "".join(f"<tr>{cells(values)}{study(row)}</tr>" for values, row in left)
-    return piece(f"{_STYLE}<div class='scroll'><table>{head}{body}</table></div><p class='note'>{html.escape(note)}</p>")
+    return piece(f"{_STYLE}<div class='scroll both' style='max-height:none'><table>{head}{body}</table></div><p class='note'>{html.escape(note)}</p>")
 
-# %% ../../nbs/runs/12_tables.ipynb #b66634c2
+# %% ../../nbs/runs/12_tables.ipynb #e5cd1224
 def value_text(
     row: dict, # of `compare.table`
     score: str = "l1", # a key of METRICS
@@ -128,12 +127,12 @@ def runs_of(
 
 def judged_by(row: dict) -> str:
     "What a row's numbers were measured on."
-    return f"{row['photos']:.0f} photos at {row['size']:g} px" if np.isfinite(row.get("photos", np.nan)) and pd.notna(row.get("size")) else "–"
+    return f"{row['photos']:.0f} at {row['size']:g} px" if np.isfinite(row.get("photos", np.nan)) and pd.notna(row.get("size")) else "–"
 
 def comparable(rows: list, note: str) -> str:
     "A note, with the warning where the rows were not judged by the same photos."
     several = len({r["block"] for r in rows if r.get("block") is not None and np.isfinite(r["block"])}) > 1
-    return note + (" The rows were judged by different photos or sizes (last of our columns): numbers of different ones are not comparable." if several else "")
+    return note + (" The rows were judged by different photos or sizes (our column photos): numbers of different ones are not comparable." if several else "")
 
 # %% ../../nbs/runs/12_tables.ipynb #a096c58c
 _PARTS = dict(ensemble=("ensemble", "crossval", "crossval_controlnet"))
@@ -186,7 +185,7 @@ def seconds_per_epoch(results: Results, configuration: str) -> float:
     history = results.history[results.history.configuration == configuration] if len(results.history) else results.history
     return float(history.seconds.mean()) if len(history) and "seconds" in history else np.nan
 
-# %% ../../nbs/runs/12_tables.ipynb #856840b4
+# %% ../../nbs/runs/12_tables.ipynb #3609d34d
 def resolution(
     results: Results,
     summary: pd.DataFrame, # from `compare.table`
@@ -200,7 +199,7 @@ def resolution(
         p, (predicted, measured), seconds = one["parameters"], memory_text(one), seconds_per_epoch(results, r["configuration"])
         batch = f"{p.get('batch_size', '–')}" + (f" x {p['accumulate']}" if p.get("accumulate", 1) != 1 else "")
         out.append({"configuration": r["configuration"], "size": f"{p.get('size', 0)} px" + (", squashed" if p.get("squash") else ""), "batch": batch, "memory predicted": predicted, "memory measured": measured,
-                    "time per epoch": f"{seconds:.3g} s" if np.isfinite(seconds) else "–", "PSNR, dB": value_text(r, "psnr") if "l1" in r else r["state"], "L1": value_text(r), "judged by": judged_by(r),
+                    "time per epoch": f"{seconds:.3g} s" if np.isfinite(seconds) else "–", "PSNR, dB": value_text(r, "psnr") if "l1" in r else r["state"], "L1": value_text(r), "photos": judged_by(r),
                     "study": (lambda s: s if s in study_figures("resolution").index else "")(nominal(results, r["configuration"])[1])})
     return pd.DataFrame(out), comparable(rows, "Mean over photos ± sd over folds; PSNR is the mean of per-photo PSNR. The study's rows mix models; ours say which.")
 
@@ -229,7 +228,7 @@ def verdict(
     if first: return f"best, but within chance of {other['configuration']}" if chance else f"best, by {abs(change['mean']):.4f}{single}"
     return f"within chance of the best ({other['configuration']})" if chance else f"behind the best by {change['mean']:.4f}{single}"
 
-# %% ../../nbs/runs/12_tables.ipynb #0b1104e3
+# %% ../../nbs/runs/12_tables.ipynb #e922ce3b
 _MODELS = [("Restormer 896", "restormer", "896", False), ("Restormer 384", "restormer", "384", False), ("Restormer Pretrained", "restormer", "384", True), ("DarkIR", "darkir", "384", None),
            ("ControlNet-Restormer", "controlnet_restormer", "512", None), ("NAFNet", "nafnet", "512", None), ("MambaDiffusion", "mamba_diffusion", "384", None)]
 
@@ -250,12 +249,12 @@ def models(
         p, done = some[0]["parameters"], [len(o["history"].drop_duplicates("epoch")) for o in some if "epoch" in o["history"]]
         val = [v for o in some if (v := (o["metrics"].get("val") or {}).get("val_l1", o["history"].val_l1.min() if "val_l1" in o["history"] else None)) is not None and np.isfinite(v)]
         count = next((o["metrics"]["parameters"] for o in some if isinstance(o["metrics"].get("parameters"), int)), None)
-        out.append({"configuration": r["configuration"], "model": p["model"], "parameters": f"{count:,}" if count else "–", "size": f"{p.get('size', 0)} px", "test L1": value_text(r), "PSNR, dB": value_text(r, "psnr"),
-                    "val L1": f"{np.mean(val):.4f}" if val else "–", "epochs": f"{np.mean(done):.3g} of {p.get('epochs')}" if done else "–", "verdict": verdict(results, r, rows), "judged by": judged_by(r),
+        out.append({"configuration": r["configuration"], "model": p["model"] + (f", {count/1e6:.3g}M" if count else ""), "size": f"{p.get('size', 0)} px", "test L1": value_text(r), "PSNR, dB": value_text(r, "psnr"),
+                    "val L1": f"{np.mean(val):.4f}" if val else "–", "epochs": f"{np.mean(done):.3g} of {p.get('epochs')}" if done else "–", "verdict": verdict(results, r, rows), "photos": judged_by(r),
                     "study": study_model(results, r["configuration"])})
     return pd.DataFrame(out), comparable(rows, "Mean over photos ± sd over folds. Val L1: of the epoch that was chosen, mean over runs. " + RULES)
 
-# %% ../../nbs/runs/12_tables.ipynb #6db33d57
+# %% ../../nbs/runs/12_tables.ipynb #3a7134b6
 _LOSSES = {"L1 only": "l1", "L1 + VGG + SSIM + Edge": "study_visual", "L1 (0.9) + VGG (0.1)": "study_balanced"}
 
 def loss_of(results: Results, row: dict): # name or dict of weights, or None
@@ -285,11 +284,11 @@ def losses(
         elif "l1" not in r: change = f"{r['state']}: {r['why']}"
         else: change = change_in_words(against(ours(r), ours(first))) if r["block"] == first["block"] else "judged by other photos: not comparable"
         out.append({"configuration": r["configuration"], "loss": " + ".join(f"{w:g} {t}" for t, w in r["weights"].items()), "test L1": value_text(r), "PSNR, dB": value_text(r, "psnr"), "SSIM": value_text(r, "ssim"),
-                    "CIEDE2000": value_text(r, "ciede2000"), "L1 against the first row": change, "judged by": judged_by(r),
+                    "CIEDE2000": value_text(r, "ciede2000"), "L1 against the first row": change, "photos": judged_by(r),
                     "study": next((row for row, loss in _LOSSES.items() if _weights(loss) == r["weights"]), "")})
     return pd.DataFrame(out), comparable(rows, "Mean over photos ± sd over folds. A loss with other terms is trained for something else than L1: see SSIM and CIEDE2000, too.")
 
-# %% ../../nbs/runs/12_tables.ipynb #8044cdaa
+# %% ../../nbs/runs/12_tables.ipynb #7be2f1ca
 def arm_rows(
     results: Results,
     summary: pd.DataFrame, # from `compare.table`
@@ -308,7 +307,7 @@ def arm_rows(
             row = summary[summary.configuration == configuration].iloc[0].to_dict()
             change = "" if arm == first else change_in_words(against(own[own.arm == arm], floor))
             percent = "" if arm == first else f"{100*(row['l1']/floor.groupby('name').l1.mean().mean() - 1):+.1f}%"
-            out.append({"configuration": configuration, "L1": value_text(row), "PSNR, dB": value_text(row, "psnr"), f"L1 against {first}": percent, "in words": change, "judged by": judged_by(row), "study": study.get(arm, "")})
+            out.append({"configuration": configuration, "L1": value_text(row), "PSNR, dB": value_text(row, "psnr"), f"L1 against {first}": percent, "in words": change, "photos": judged_by(row), "study": study.get(arm, "")})
     return pd.DataFrame(out)
 
 _WAYS = {"none": "No processing (baseline)", "gamma before": "Pre-processing only (gamma)", "post only": "Post-processing only", "both": "Pre + Post"}
