@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['AGREED', 'member_files', 'agreement', 'make_ensemble', 'check_unseen', 'gain', 'gain_summary', 'ensemble_table']
 
-# %% ../../nbs/inference/04_ensemble.ipynb #2a697a31
-import json
+# %% ../../nbs/inference/04_ensemble.ipynb #992e8b2f
 from functools import partial
 from pathlib import Path
 import pandas as pd, torch
@@ -17,17 +16,17 @@ from .predict import predict, training_size
 from ..metrics import METRICS, summarise
 from ..models.ensemble import shares
 from ..models.zoo import create_model, load_model, read_metadata, save_model
+from ..training.crossval import check_finished
 from ..training.state import all_seen
 
-# %% ../../nbs/inference/04_ensemble.ipynb #99f05845
+# %% ../../nbs/inference/04_ensemble.ipynb #d6b32716
 def member_files(
     source, # a checkpoint, a run's folder, or the folder of a cross-validation
 ) -> list: # of paths
     "The checkpoints that a path stands for."
     source = Path(source)
     if not source.is_dir(): return [source]
-    if (status := source/"status.json").exists() and (state := json.loads(status.read_text(encoding="utf-8")).get("state")) != "complete":
-        raise AutohdrError(f"{source}: this run is {state}, not complete; let it end first (autohdr run --resume), or name its model.safetensors if you mean it as it is")
+    check_finished(source)
     folds = sorted(source.glob("fold_*/model.safetensors"), key=lambda f: int(f.parent.name.removeprefix("fold_")))
     if not folds and not (source/"model.safetensors").is_file(): raise AutohdrError(f"{source}: holds no model.safetensors, and no folders fold_0, fold_1 with one; expected a checkpoint or a finished run's folder")
     return folds or [source/"model.safetensors"]
