@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['REPEATS', 'BASELINES', 'run_folders', 'read_plan', 'read_run', 'toy_study', 'bare_name', 'label_of', 'tidy_scores',
-           'Results', 'read_study', 'judged', 'same_photos', 'blocks', 'per_photo', 'scores_of', 'floor_of', 'against',
-           'change_in_words', 'gamma_verdict', 'table', 'block_title', 'headline_table', 'differences', 'wrapping',
-           'difference_table', 'interrupted', 'surroundings', 'what_differs', 'mismatched', 'account', 'account_html',
-           'flat', 'parameters_of', 'link', 'cost_table', 'publish', 'by_photo', 'photo_tables', 'prediction',
-           'original', 'pictures', 'shown_width', 'as_metrics']
+           'Results', 'read_study', 'judged_size', 'judged', 'same_photos', 'blocks', 'per_photo', 'scores_of',
+           'floor_of', 'against', 'change_in_words', 'gamma_verdict', 'table', 'block_title', 'headline_table',
+           'differences', 'wrapping', 'difference_table', 'interrupted', 'surroundings', 'what_differs', 'mismatched',
+           'account', 'account_html', 'flat', 'parameters_of', 'link', 'cost_table', 'publish', 'by_photo',
+           'photo_tables', 'prediction', 'original', 'pictures', 'shown_width', 'as_metrics']
 
 # %% ../../nbs/runs/09_compare.ipynb #d096c417
 import contextlib, hashlib, html, io, json, os, re
@@ -115,8 +115,8 @@ def _toy_run(run_dir: Path, size: int, fold: int, folds: int):
     write_status(run_dir, dict(state="complete", study="toy", run=run_dir.name, reason="", started=started, ended=now(), seconds=1., attempt=1, host=environment["host"],
                                git=environment.pop("git"), environment=environment, smoke=True))
 
-# %% ../../nbs/runs/09_compare.ipynb #65e4acea
-REPEATS = ("fold", "seed") # axes over which the runs of a configuration differ
+# %% ../../nbs/runs/09_compare.ipynb #f2593530
+REPEATS = ("fold", "seed", "seeds") # axes over which the runs of a configuration differ; seeds: of runs that take several, dealt out
 BASELINES = ("identity", "gamma", "polynomial")
 
 def bare_name(
@@ -124,12 +124,13 @@ def bare_name(
     axes: dict, # its axes
 ) -> str:
     "The name of a run without its fold and seed."
-    for axis in set(REPEATS) & set(axes): run = re.sub(rf"-{axis}_\d+(?=-|$)", "", run)
+    for axis in set(REPEATS) & set(axes): run = re.sub(rf"-{axis}_[^-]+(?=-|$)", "", run)
     return run
 
 def label_of(planned: dict, axes: dict) -> str:
     "What to call a configuration: the label of the plan, and the values of the grid that it does not say."
     label = planned.get("label") or ""
+    if "seeds" in axes: label = label.replace(f", {axes['seeds']}", "").replace(str(axes["seeds"]), "")
     if "base" in planned: return label or planned["base"] # the plan of `autohdr study` says it all
     for axis in REPEATS: label = re.sub(rf",? *\b{axis} *[= ] *\d+", "", label)
     label = label.strip(" ,") or bare_name(planned["run"], axes)
@@ -207,7 +208,15 @@ def _cost(one: dict) -> dict:
     return dict(attempts=max(status.get("attempt") or 0, len(earlier) + 1) if status else 0, seconds=seconds, cpu_seconds=cost.get("cpu_seconds"), peak_memory=cost.get("peak_memory"),
                 gpu_memory=cost.get("gpu_memory"), energy_wh=cost.get("energy_wh"), energy_of=cost.get("energy_of") or "", host=status.get("host", ""))
 
-# %% ../../nbs/runs/09_compare.ipynb #cdd5ba52
+# %% ../../nbs/runs/09_compare.ipynb #48d78153
+def judged_size(
+    one: dict, # from `read_run`
+): # (long side in pixels or None, whether squashed to a square)
+    "At which size a run's photos were judged: it may be another than the one that it worked at."
+    metrics, parameters = one["metrics"], one["parameters"]
+    size = metrics.get("size") or parameters.get("judge_size") or parameters.get("size")
+    return size, bool(metrics.get("squash", parameters.get("squash") and not parameters.get("judge_size")))
+
 def judged(
     results: Results,
     configuration: str,
@@ -215,8 +224,8 @@ def judged(
     "What a configuration was judged by."
     rows = results.scores[results.scores.configuration == configuration]
     still = results.baselines[(results.baselines.model == "identity") & results.baselines.run.isin(rows.run)].groupby("name").l1.mean() if len(results.baselines) else pd.Series(dtype=float)
-    settings = results.found[rows.run.iloc[0]]["parameters"]
-    out = rows.groupby("name")[[c for c in ("height", "width") if c in rows]].first().assign(size=settings.get("size"), squash=bool(settings.get("squash")))
+    size, squash = judged_size(results.found[rows.run.iloc[0]])
+    out = rows.groupby("name")[[c for c in ("height", "width") if c in rows]].first().assign(size=size, squash=squash)
     return out.assign(identity=still.reindex(out.index))
 
 def same_photos(
@@ -288,7 +297,7 @@ def change_in_words(change, score: str = "l1") -> str:
     if isinstance(change, str): return change
     return in_words(change, score) + ("" if change["folds"] == change["of"] else f"; only {change['folds']} of {change['of']} folds have the same photos")
 
-# %% ../../nbs/runs/09_compare.ipynb #0a0fa703
+# %% ../../nbs/runs/09_compare.ipynb #6aa42468
 def gamma_verdict(
     change, # from `against` the fitted gamma, or text
 ) -> str:
@@ -310,7 +319,7 @@ def table(
             own, floor = results.scores[results.scores.configuration == configuration], floor_of(results, configuration, block)
             change = against(own, floor[floor.model == "gamma"]) if len(floor) else "no baselines"
             size = judged(results, configuration)
-            rows.append(dict(block=letter, configuration=configuration, size=results.found[own.run.iloc[0]]["parameters"].get("size"), **scores_of(own), runs=own.run.nunique(),
+            rows.append(dict(block=letter, configuration=configuration, size=size["size"].iloc[0], **scores_of(own), runs=own.run.nunique(),
                              beats_gamma=gamma_verdict(change), gamma=change if isinstance(change, dict) else None, squash=bool(size.squash.iloc[0]),
                              baselines={name: scores_of(floor[floor.model == name]) for name in BASELINES if name in set(floor.model)} if len(floor) else {}))
         out += sorted(rows, key=lambda r: (not np.isfinite(r["l1"]), r["l1"]))
@@ -450,7 +459,7 @@ def mismatched(results: Results) -> list: # of sentences
         if abs(said - ours) > 1e-6: out.append(f"{run}: its metrics.json says L1 {said:.4f}, its photos say {ours:.4f}; the photos count here")
     return out
 
-# %% ../../nbs/runs/09_compare.ipynb #f888971c
+# %% ../../nbs/runs/09_compare.ipynb #9b705af9
 def account(
     results: Results,
 ) -> list: # of (good, sentence)
@@ -466,6 +475,8 @@ def account(
     out += [(False, f"The runs differ in {what}: " + "; ".join(f"{r.value} ({r.number}: {r.runs})" for r in rows.itertuples()) + ".") for what, rows in differ.groupby("what", sort=False)]
     if same.get("smoke run") == "yes": out.append((False, "All runs are smoke runs: toy sizes and budgets that show the form of the report, and say nothing about the models."))
     if same.get("uncommitted changes", "none").startswith("yes"): out.append((False, f"All runs were made from commit {same.get('commit')} with uncommitted changes."))
+    flattered = [run for run in runs.run[runs.why == ""] if results.found[run]["metrics"].get("photos") == "val"]
+    if flattered: out.append((False, f"Judged by the validation photos, which chose the epoch and flatter the model: {_names(flattered)}."))
     if results.strangers: out.append((False, f"In the folder, but not in the plan, and left out: {_names(results.strangers)}."))
     aside = [f for f in sorted((results.folder/"_replaced").glob("*")) if f.is_dir()]
     if aside: out.append((True, f"{len(aside)} runs of an earlier plan were put aside in _replaced: {_names(f.name for f in aside)}."))
@@ -554,7 +565,7 @@ def photo_tables(results: Results, summary: pd.DataFrame) -> list: # of HTML, on
         out.append(sortable(shown, f"L1 of {block_title(rows)}; worst first, one scale of colour for all columns.", like={c: "l1" for c in shown if c != "name"}))
     return out
 
-# %% ../../nbs/runs/09_compare.ipynb #307eabfc
+# %% ../../nbs/runs/09_compare.ipynb #2134f685
 def prediction(
     results: Results,
     configuration: str,
@@ -573,10 +584,9 @@ def original(
     "The photo and the studio's edit at the working size, where the files are there."
     from autohdr.data.pairs import read_pair, read_pairs
     run = results.scores.run[(results.scores.configuration == configuration) & (results.scores.name == name)].iloc[0]
-    settings = results.found[run]["parameters"]
     try:
         pairs = read_pairs(results.folder/run/"pairs.csv").set_index("name", drop=False)
-        return read_pair(pairs.loc[name], settings.get("size"), settings.get("squash", False))[:2]
+        return read_pair(pairs.loc[name], *judged_size(results.found[run]))[:2]
     except (AutohdrError, KeyError, OSError): return None
 
 # %% ../../nbs/runs/09_compare.ipynb #cd87abdc

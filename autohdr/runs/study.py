@@ -6,12 +6,12 @@
 __all__ = ['find_study', 'read_study', 'Task', 'Study', 'judge', 'plan', 'plan_table', 'write_study', 'load_study', 'find_folder',
            'set_aside', 'run_task', 'pool_of', 'only_pool', 'finish']
 
-# %% ../../nbs/runs/06_study.ipynb #79e3c8fe
+# %% ../../nbs/runs/06_study.ipynb #5dc846d6
 import contextlib, fcntl, graphlib, itertools, json, os, re, socket, time
 from dataclasses import dataclass, field
 from pathlib import Path
 import pandas as pd, yaml
-from ..core import AutohdrError, check_name, write_json, write_text
+from ..core import AutohdrError, check_name, write_json
 from .spec import Spec, find_recipe, from_json, inputs, is_path, make_spec, parse_override, read_parameters, read_recipe, resolve_path, check_value, shipped, to_json
 from .status import now, read_status
 
@@ -384,13 +384,14 @@ def only_pool(folder: Path, jobs: int):
         f.flush()
         yield
 
-# %% ../../nbs/runs/06_study.ipynb #cfa0cd06
+# %% ../../nbs/runs/06_study.ipynb #3b93508f
 def finish(
     study: Study,
     recipe: str = "compare", # of the notebook that makes the report
 ) -> Path: # of the study's report.html
     "Make the report of a study."
+    from autohdr.runs.compare import publish # here: it takes seconds
     from autohdr.runs.execute import run as execute
     spec = make_spec(recipe, name="compare", values=dict(study=str(study.folder)), study=study.name)
-    run_dir = execute(spec, folder=study.folder/"compare", overwrite=True, echo=False)
-    return write_text(study.folder/"report.html", (run_dir/"report.html").read_text(encoding="utf-8"))
+    execute(spec, folder=study.folder/"compare", overwrite=True, echo=False)
+    return publish(study.folder)

@@ -8,12 +8,12 @@ __all__ = ['STUDY', 'RULES', 'TABLES', 'study_figures', 'beside', 'value_text', 
            'loss_of', 'losses', 'arm_rows', 'pre_post', 'cleaning', 'folds_of', 'ensemble', 'study_tables',
            'show_table']
 
-# %% ../../nbs/runs/12_tables.ipynb #c1f7b4ae
+# %% ../../nbs/runs/12_tables.ipynb #e4021162
 import html, io, json
 import numpy as np, pandas as pd
 from ..core import check_name
 from .arms import digits
-from .compare import Results, against, change_in_words
+from .compare import Results, against, change_in_words, per_photo
 from .report import piece
 
 # %% ../../nbs/runs/12_tables.ipynb #dfb632ab
@@ -288,25 +288,24 @@ def losses(
                     "study": next((row for row, loss in _LOSSES.items() if _weights(loss) == r["weights"]), "")})
     return pd.DataFrame(out), comparable(rows, "Mean over photos ± sd over folds. A loss with other terms is trained for something else than L1: see SSIM and CIEDE2000, too.")
 
-# %% ../../nbs/runs/12_tables.ipynb #7be2f1ca
+# %% ../../nbs/runs/12_tables.ipynb #48368a65
 def arm_rows(
     results: Results,
     summary: pd.DataFrame, # from `compare.table`
-    name: str, # of a table
     first: str, # the arm that others are compared with
     study: dict, # arm to the study's row
 ) -> pd.DataFrame:
     "The arms of a study in one notebook, against the first."
-    out = []
-    for run in results.runs[results.runs.why == ""].itertuples():
-        own = results.scores[results.scores.run == run.run]
+    out, counted = [], results.runs[results.runs.why == ""]
+    for _, runs in counted.groupby("configuration", sort=False):
+        own = results.scores[results.scores.run.isin(runs.run)]
         arms = dict(zip(own.arm, own.configuration))
-        if first not in arms or not set(study) & set(arms) or (name == "cleaning") != ("cleaned" in arms): continue
+        if first not in arms or not set(study) & set(arms): continue
         floor = own[own.arm == first]
         for arm, configuration in arms.items():
             row = summary[summary.configuration == configuration].iloc[0].to_dict()
             change = "" if arm == first else change_in_words(against(own[own.arm == arm], floor))
-            percent = "" if arm == first else f"{100*(row['l1']/floor.groupby('name').l1.mean().mean() - 1):+.1f}%"
+            percent = "" if arm == first else f"{100*(row['l1']/per_photo(floor).l1.mean() - 1):+.1f}%"
             out.append({"configuration": configuration, "L1": value_text(row), "PSNR, dB": value_text(row, "psnr"), f"L1 against {first}": percent, "in words": change, "photos": judged_by(row), "study": study.get(arm, "")})
     return pd.DataFrame(out)
 
@@ -314,11 +313,11 @@ _WAYS = {"none": "No processing (baseline)", "gamma before": "Pre-processing onl
 
 def pre_post(results: Results, summary: pd.DataFrame): # (rows as texts, note)
     "Table 5.2."
-    return arm_rows(results, summary, "pre_post", "none", _WAYS), "Ours are scored after post-processing, where there is any; the study scored before that step, so its rows with and without it are the same by construction."
+    return arm_rows(results, summary, "none", _WAYS), "Ours are scored after post-processing, where there is any; the study scored before that step, so its rows with and without it are the same by construction."
 
 def cleaning(results: Results, summary: pd.DataFrame): # (rows as texts, note)
     "Section 6.2: whether cleaning helps."
-    return arm_rows(results, summary, "cleaning", "raw", dict(cleaned="cleaned")), "On all held-out photos, faulty ones among them; the run's own report also judges by those that the rules keep. Less is better. The study gives an expectation."
+    return arm_rows(results, summary, "raw", dict(cleaned="cleaned")), "On all held-out photos, faulty ones among them; the run's own report also judges by those that the rules keep. Less is better. The study gives an expectation."
 
 # %% ../../nbs/runs/12_tables.ipynb #442fecd6
 def folds_of(results: Results, configuration: str) -> dict: # fold to (mean PSNR, mean L1, photos)
