@@ -16,8 +16,9 @@ from .page import duration, render
 from .status import _gpus, now, read_status, write_status
 from .study import Study, Task, judge, load_study, only_pool, pool_of, run_task, set_aside, write_study
 
-# %% ../../nbs/runs/11_pool.ipynb #7efa8795
-_RUNNER = "import sys; from autohdr.runs.pool import run_one; sys.exit(run_one(*sys.argv[1:]))"
+# %% ../../nbs/runs/11_pool.ipynb #90f467e9
+# jsonschema compiles 38 grammars when it is imported, 1.5 s of every run, for formats that no notebook has; it does without where the package is missing.
+_RUNNER = "import sys; sys.modules['rfc3987_syntax'] = None; from autohdr.runs.pool import run_one; sys.exit(run_one(*sys.argv[1:]))"
 
 def run_one(
     folder: str, # of the study
@@ -129,7 +130,7 @@ class Pool:
 
     def left(self) -> str: return f"{len(self.waiting) + len(self.children)} left"
 
-# %% ../../nbs/runs/11_pool.ipynb #9ef78914
+# %% ../../nbs/runs/11_pool.ipynb #79f101de
 def _heed(pool: Pool):
     "Pass a signal on to every run, once; a second one kills."
     if not pool.signals: return
@@ -149,7 +150,8 @@ def _reap(pool: Pool):
     for child in [c for c in pool.children if c.popen.poll() is not None]:
         state, task = _account(pool.study, child), child.task
         pool.children.remove(child)
-        if again := state == "died" and child.tries <= pool.retries and not pool.signals: pool.waiting.insert(0, task)
+        _forget_requests(pool.study.folder, task.name)
+        if again := state == "died" and child.tries <= pool.retries and not pool.signals and not child.asked: pool.waiting.insert(0, task)
         else: pool.ended[task.name] = state, task.why
         took, shown = duration(time.monotonic() - child.begun), _result(task) if state == "complete" else f"  {task.why}"
         pool.say(f"{state:10}  {task.name}{shown}  {took}; {f'is tried again ({child.tries} of {pool.retries})' if again else pool.left()}")
@@ -200,7 +202,7 @@ def _tell(pool: Pool, every: float):
     pool.told = time.monotonic()
     pool.say(f"{pool.total - len(pool.waiting) - len(pool.children)} of {pool.total} done; running: {', '.join(_far(c.task) for c in pool.children) or 'none'}; {len(pool.waiting)} wait")
 
-# %% ../../nbs/runs/11_pool.ipynb #6f664b75
+# %% ../../nbs/runs/11_pool.ipynb #de468a90
 def _cancelled(pool: Pool):
     "Heed what `autohdr cancel` asks for."
     asked = {f.name for f in (pool.study.folder/"_cancel").glob("*")}
@@ -208,14 +210,15 @@ def _cancelled(pool: Pool):
     for task in [t for t in pool.waiting if t.name in asked]:
         pool.waiting.remove(task)
         pool.ended[task.name] = task.state, "cancelled before it started"
+        _forget_requests(pool.study.folder, task.name)
         pool.say(f"{'cancelled':10}  {task.name}; {pool.left()}")
     for child in pool.children:
         if child.task.name in asked and not child.asked:
             child.asked = "Cancelled"
             child.popen.terminate()
 
-def _forget_requests(folder: Path):
-    for file in (folder/"_cancel").glob("*"): file.unlink(missing_ok=True)
+def _forget_requests(folder: Path, run: str = "*"):
+    for file in (folder/"_cancel").glob(run): file.unlink(missing_ok=True)
 
 def cancel(
     folder, # of a study
@@ -229,11 +232,10 @@ def cancel(
     pool = pool_of(study.folder)
     chosen = [t for t in chosen if t.state == "running" or (pool and t.state != "complete")]
     (study.folder/"_cancel").mkdir(exist_ok=True)
-    for task in chosen: (study.folder/"_cancel"/task.name).touch()
-    for task in chosen:
-        if task.state == "running" and not pool: _end_alone(task)
+    for task in chosen: (study.folder/"_cancel"/task.name).touch() if pool else _end_alone(task)
     end = time.monotonic() + wait
-    while time.monotonic() < end and any(judge(t, read=False).state == "running" for t in chosen): time.sleep(.2)
+    while time.monotonic() < end and any((study.folder/"_cancel"/t.name).exists() or judge(t, read=False).state == "running" for t in chosen): time.sleep(.2)
+    for task in chosen: judge(task, read=False)
     return chosen
 
 def _end_alone(task: Task):
