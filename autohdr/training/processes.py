@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['BUCKET', 'STOPPED', 'rank', 'size', 'add_up', 'add_up_numbers', 'gather', 'from_main', 'main_first',
            'own_random_numbers', 'buckets', 'add_up_gradients', 'device_type', 'worker_environment', 'start', 'join',
-           'outlive_nobody', 'leave', 'work', 'listen', 'show', 'follow', 'end', 'verdict', 'launch']
+           'outlive_nobody', 'depart', 'leave', 'work', 'listen', 'show', 'follow', 'end', 'verdict', 'launch']
 
-# %% ../../nbs/training/03_processes.ipynb #ecb7b670
-import contextlib, importlib.util, os, pickle, queue, signal, socket, subprocess, sys, tempfile, threading, time, traceback, warnings
+# %% ../../nbs/training/03_processes.ipynb #a57c8e27
+import contextlib, importlib.util, multiprocessing, os, pickle, queue, signal, socket, subprocess, sys, tempfile, threading, time, traceback, warnings
 from datetime import timedelta
 from pathlib import Path
 import torch
-from ..core import AutohdrError, StopRequested
+from ..core import AutohdrError, StopRequested, atomic_path
 
 # %% ../../nbs/training/03_processes.ipynb #6214787a
 _team = None # accelerate's PartialState in a process that has joined others
@@ -130,7 +130,7 @@ def start(
     return subprocess.Popen([sys.executable, "-u", "-c", _WORK, str(folder)], env=env | dict(RANK=str(number), LOCAL_RANK=str(number)), stdin=subprocess.PIPE, stdout=quiet,
                             stderr=subprocess.PIPE, text=True, encoding="utf-8", errors="replace")
 
-# %% ../../nbs/training/03_processes.ipynb #fc43b6f1
+# %% ../../nbs/training/03_processes.ipynb #d7983e08
 STOPPED = 75 # exit code of a process that was asked to stop and has
 
 def join(
@@ -148,20 +148,26 @@ def outlive_nobody():
         if hasattr(signal, name): signal.signal(getattr(signal, name), signal.SIG_IGN)
     def watch(): # the bare descriptor: a lock of sys.stdin would be held in forked children
         while os.read(0, 1): pass
-        os._exit(1)
+        depart(1)
     threading.Thread(target=watch, daemon=True).start()
 
-# %% ../../nbs/training/03_processes.ipynb #81633094
+def depart(
+    code: int, # exit code
+):
+    "End at once, with the processes that read photos: the others may be dead or waiting, so there is no farewell."
+    for child in multiprocessing.active_children(): child.kill()
+    os._exit(code)
+
+# %% ../../nbs/training/03_processes.ipynb #0a59bfe2
 def leave(
     folder: Path,
     what: str, # done or error
     thing, # the result, or the exception
 ):
     "Note the outcome of this process, for the one that started it."
-    try: data = pickle.dumps((what, time.time(), thing))
-    except Exception: data = pickle.dumps((what, time.time(), AutohdrError(str(thing)))) # an exception that can't be pickled
-    (folder/f"{what}-{os.environ['RANK']}.part").write_bytes(data)
-    (folder/f"{what}-{os.environ['RANK']}.part").rename(folder/f"{what}-{os.environ['RANK']}")
+    try: pickle.loads(data := pickle.dumps((time.time(), thing)))
+    except Exception: data = pickle.dumps((time.time(), AutohdrError(f"{type(thing).__name__}: {thing}"))) # some exceptions can't be pickled
+    with atomic_path(folder/f"{what}-{os.environ['RANK']}") as tmp: tmp.write_bytes(data)
 
 def work():
     "What a started process does, from its first line to its last."
@@ -180,7 +186,7 @@ def work():
         code = STOPPED if isinstance(e, StopRequested) else 1
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code) # others may be dead or waiting: no farewell
+    depart(code)
 
 # %% ../../nbs/training/03_processes.ipynb #9b4bd679
 def listen(
@@ -228,20 +234,21 @@ def end(
         if p.poll() is None: p.kill()
     for p in team: p.wait()
 
-# %% ../../nbs/training/03_processes.ipynb #d49100fc
+# %% ../../nbs/training/03_processes.ipynb #7ec16ee5
 def verdict(
     folder: Path,
     codes: list, # from `follow`
 ): # result of the main process
     "What came of it: the result, or the error that began it."
-    if not any(codes): return pickle.loads((folder/"done-0").read_bytes())[2]
-    errors = sorted((at, n, e) for n in range(len(codes)) if (folder/f"error-{n}").exists() for _, at, e in [pickle.loads((folder/f"error-{n}").read_bytes())])
-    ours = [e for _, _, e in errors if isinstance(e, AutohdrError)]
+    if not any(codes): return pickle.loads((folder/"done-0").read_bytes())[1]
+    notes = {n: pickle.loads((folder/f"error-{n}").read_bytes()) for n in range(len(codes)) if (folder/f"error-{n}").exists()}
+    errors = [(n, notes[n][1]) for n in sorted(notes, key=lambda n: notes[n][0])]
+    ours = [e for _, e in errors if isinstance(e, AutohdrError)]
     if ours: raise ours[0]
     for n, code in enumerate(codes):
         if code is not None and code < 0: raise AutohdrError(f"process {n} of {len(codes)} was killed by {signal.Signals(-code).name}; out of memory, perhaps: try a smaller size or batch_size")
     if not errors: raise AutohdrError(f"the processes ended with exit codes {codes} and without a word")
-    _, n, e = errors[0]
+    n, e = errors[0]
     raise AutohdrError(f"process {n} of {len(codes)}: {type(e).__name__}: {e}")
 
 # %% ../../nbs/training/03_processes.ipynb #d4ee03f8
