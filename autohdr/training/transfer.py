@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MEANINGS', 'matching', 'freeze', 'rate_patterns', 'parameter_groups', 'learning_table', 'check_patterns',
-           'check_factors', 'check_transfer', 'transfer_record', 'transfer_table', 'odd_table']
+           'check_factors', 'check_transfer', 'transfer_record', 'transfer_table', 'odd_table', 'transfer_summary',
+           'start_tables']
 
 # %% ../../nbs/training/00_transfer.ipynb #21d5fad5
 from difflib import get_close_matches
@@ -135,7 +136,7 @@ def transfer_record(
                 tensors={k: int(n) for k, n in by_status.size().items()}, parameters={k: int(n) for k, n in by_status.parameters.sum().items()},
                 odd=odd.head(most).to_dict("records"), more=max(0, len(odd) - most))
 
-# %% ../../nbs/training/00_transfer.ipynb #9426083f
+# %% ../../nbs/training/00_transfer.ipynb #1154ba74
 MEANINGS = {"matched": "taken from the file", "missing": "not in the file: fresh", "wrong shape": "other shape in the file: fresh", "unexpected": "in the file alone: left out"}
 
 def transfer_table(
@@ -152,3 +153,24 @@ def odd_table(
     "The tensors that did not fit."
     rows = [{"what": MEANINGS[o["status"]], "name": o["name"], "tensors": o["tensors"], "parameters": o["parameters"], "in the model": o["shape"], "in the file": o["given"]} for o in record["odd"]]
     return pd.DataFrame(rows + ([{"what": f"and {record['more']} places more"}] if record["more"] else [])).fillna("")
+
+def transfer_summary(
+    metadata: dict, # of a model
+) -> dict: # {"transfer": ...}, or {} where a run began with fresh weights
+    "What a checkpoint gave, in short: for metrics.json."
+    return {"transfer": {k: v for k, v in metadata["transfer"].items() if k not in ("odd", "more")}} if "transfer" in metadata else {}
+
+# %% ../../nbs/training/00_transfer.ipynb #c7da22f5
+def start_tables(
+    model: torch.nn.Module, # as `load_model` gives it from the run's checkpoint
+    patterns, # the recipe's `freeze`
+    lr_factors: dict, # the recipe's
+    lr: float, # the recipe's
+) -> dict: # what it tells to a table
+    "What a run started from, and what of it learns."
+    about, out = model.metadata, {}
+    if "base" in about: out["The frozen base"] = pd.DataFrame([{"base": about["base"]["source"], "SHA-256": about["base"]["sha256"][:16], "licence": about["base"].get("licence", "")}])
+    if "transfer" in about:
+        out[f"Taken from {about['transfer']['init']}, SHA-256 {about['transfer']['sha256'][:16]}"] = transfer_table(about["transfer"])
+        if about["transfer"]["odd"]: out["Tensors that did not fit; * stands for the numbers of several blocks"] = odd_table(about["transfer"])
+    return out | {"What learns, and at which peak rate (0: frozen)": learning_table(model, patterns, lr_factors, lr)}
