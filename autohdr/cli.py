@@ -339,7 +339,7 @@ def merge(
     print(f"Merged photos: {out}\nReport:        {run_dir/'report.html'}" + (f"\nPairs:         {pairs}" if pairs else ""))
     if strict and len(problems): raise typer.Exit(1)
 
-# %% ../nbs/07_cli.ipynb #2db3afff
+# %% ../nbs/07_cli.ipynb #a538192d
 def _not_complete(study, ended):
     "Tell how a study stands: counts, and each run that is not complete with the reason."
     from autohdr.runs.board import counts_of
@@ -354,6 +354,7 @@ def _report_of(study):
     from autohdr.runs.study import finish
     try: print(f"Report: {finish(study)}")
     except AutohdrError as e:
+        if getattr(e, "exit_code", 1) > 128: raise # a signal
         print(f"autohdr: the report could not be made: {e}", file=sys.stderr)
         return False
     return True
@@ -365,7 +366,7 @@ def _show_plan(study, tasks):
     print(*lines_of(plan_table(study)), "", f"{len(study.tasks)} runs in {study.folder}: {counts_of(t.state for t in study.tasks)}; {len(tasks)} to run", sep="\n")
     if any(t.state == "changed" for t in tasks): print("What has changed is moved to _replaced and made anew; nothing is deleted.")
 
-# %% ../nbs/07_cli.ipynb #8642c961
+# %% ../nbs/07_cli.ipynb #003cb645
 def _go_on_with(file, where, profile, jobs, smoke, parameter, root):
     "The command that goes on with a study."
     import shlex
@@ -375,8 +376,11 @@ def _go_on_with(file, where, profile, jobs, smoke, parameter, root):
 def _submit(study, tasks, profile, jobs, detach):
     "Run a study on SLURM; the report is a job of its own there."
     from autohdr.runs import slurm
-    from autohdr.runs.study import load_study
-    slurm.submit(study, tasks, slurm.read_profile(profile), jobs)
+    from autohdr.runs.study import load_study, only_pool, write_study
+    profile = slurm.find_profile(profile)
+    with only_pool(study.folder, 0): # none of this machine
+        write_study(study)
+        slurm.submit(study, tasks, profile, jobs)
     if detach: return print(f"See how it goes with: autohdr board {study.folder}")
     slurm.wait(study)
     again = load_study(study.folder)
@@ -384,7 +388,7 @@ def _submit(study, tasks, profile, jobs, detach):
     print(f"Report: {page}" if page.exists() else "There is no report: see the job that makes it in `autohdr board`.")
     if rest or not page.exists(): raise typer.Exit(1)
 
-# %% ../nbs/07_cli.ipynb #db5934b7
+# %% ../nbs/07_cli.ipynb #7600330a
 @app.command()
 def study(
     file: Annotated[str, typer.Argument(metavar="STUDY", help="A study's YAML file, or the name of one that comes with autohdr.")],
@@ -408,13 +412,13 @@ def study(
     planned.command = _go_on_with(file, where, profile, jobs, smoke, parameter, root)
     tasks = [t for t in planned.tasks if t.state != "complete" and not (failed and t.state in ("new", "changed"))]
     if dry_run: return _show_plan(planned, tasks)
-    if where == "slurm": return _submit(planned, tasks, profile, jobs, detach)
+    if where == "slurm" and tasks: return _submit(planned, tasks, profile, jobs, detach)
     from autohdr.runs.pool import run_local
     ended = run_local(planned, tasks, jobs or 1, retries)
     rest = _not_complete(planned, ended)
     if not _report_of(planned) or rest: raise typer.Exit(1)
 
-# %% ../nbs/07_cli.ipynb #0b677397
+# %% ../nbs/07_cli.ipynb #13afd4a1
 @app.command()
 def board(
     study: Annotated[str, typer.Argument(metavar="STUDY", help="A study's folder, its name, or its YAML.")],
@@ -438,13 +442,9 @@ def cancel(
     "End the runs of a study that wait or run, here or on a cluster. They can go on later."
     from autohdr.runs.pool import cancel as end
     from autohdr.runs.study import find_folder
-    folder = find_folder(study, root)
-    if (folder/"jobs.json").exists():
-        from autohdr.runs import slurm
-        slurm.cancel(folder, run or None)
-    ended = end(folder, run or ())
+    ended = end(find_folder(study, root), run or ())
     for task in ended: print(f"{task.name}  {task.state}  {task.why or 'does not start'}")
-    if not ended: print("Nothing of it waits or runs on this machine.")
+    if not ended: print("None of it waits or runs.")
 
 # %% ../nbs/07_cli.ipynb #2528b255
 def _edit_held_out(run_dir: Path, out: Path):

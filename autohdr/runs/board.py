@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['progress_of', 'score_of', 'at_slurm', 'board', 'lines_of', 'counts_of', 'watch']
 
-# %% ../../nbs/runs/08_board.ipynb #0b393573
-import json, re, shutil, sys, time
+# %% ../../nbs/runs/08_board.ipynb #bc970333
+import json, shutil, sys, time
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 import pandas as pd
 from .page import duration
-from .study import Task, load_study, pool_of
+from .spec import Spec
+from .study import Study, Task, judge, load_study, pool_of
 
 # %% ../../nbs/runs/08_board.ipynb #fa5ea1fe
 def _read_json(file) -> dict:
@@ -57,39 +58,43 @@ def _score(task: Task, progress: dict) -> str:
     if "l1" in (score := score_of(task)) and task.state == "complete": return f"{score['l1']:.4f}"
     return "" if progress["last"] is None else f"val {progress['last']:.4f}, best {progress['best']:.4f}"
 
-# %% ../../nbs/runs/08_board.ipynb #b4ec0c4d
-_AT_WORK = re.compile("PENDING|CONFIGURING|REQUEUE|SUSPENDED|RUNNING|COMPLETING|RESIZING|SIGNALING|STAGE_OUT|STOPPED") # states of SLURM that are not an end
-
-def _jobs(folder: Path) -> dict: # run to (where, why)
-    "The jobs of a study on SLURM, empty if it was never there."
+# %% ../../nbs/runs/08_board.ipynb #4f5ed3a4
+def _jobs(folder: Path) -> dict: # run to run, job, slurm_state, reason, node, over (bool)
+    "The jobs of a study on SLURM, empty if it was never there; 'compare' is the report's."
     if not (folder/"jobs.json").exists(): return {}
-    from autohdr.runs.slurm import job_states # here: an extra
-    table = job_states(folder)
-    return {r["run"]: (f"{r['node'] or 'SLURM'}, job {r['job']} {r['slurm_state']}".strip(), str(r["reason"] or "")) for r in table.to_dict("records")}
+    from autohdr.runs.slurm import OVER, job_states # here: an extra
+    return {r["run"]: r | dict(over=r["slurm_state"] in OVER) for r in job_states(folder).to_dict("records")}
 
 def at_slurm(
     folder, # of a study
 ) -> dict: # run to words
-    "The runs of a study that SLURM still has."
-    return {run: f"is with SLURM ({where}{f', {why}' if why else ''})" for run, (where, why) in _jobs(Path(folder)).items() if _AT_WORK.search(where)}
+    "The runs of a study that SLURM still has, as far as is known."
+    gone = "; if that cluster is gone for good, delete jobs.json"
+    return {run: f"is job {j['job']} of SLURM ({j['slurm_state']}{f': ' + j['reason'] if j['reason'] else ''}){gone if j['slurm_state'] == 'UNREACHABLE' else ''}"
+            for run, j in _jobs(Path(folder)).items() if not j["over"]}
 
 def _row(task: Task, jobs: dict) -> dict:
     "What the board says of a run."
     status = _read_json(task.folder/"status.json") if (task.folder/"status.json").exists() else {}
     known, progress = task.state not in ("new", "changed"), progress_of(task)
-    job, waits = jobs.get(task.name, ("", ""))
+    job = jobs.get(task.name, {})
+    where = f"{job['node'] or 'SLURM'}, job {job['job']} {job['slurm_state']}" if job else status.get("host", "") if known else ""
     epoch = f"{progress['epoch']}/{progress['epochs']}" if known and progress["epochs"] else ""
     return dict(run=task.name, state=task.state, epoch=epoch, L1=_score(task, progress) if known else "", elapsed=duration(_elapsed(status)) if known and status else "",
-                ends=_ends(progress, status | dict(state=task.state)), attempts=status.get("attempt", 1) if known else "", where=job or (status.get("host", "") if known else ""),
-                why=(task.why if task.state not in ("complete", "running") else "") or waits)
+                ends=_ends(progress, status | dict(state=task.state)), attempts=status.get("attempt", 1) if known else "", where=where,
+                why=(task.why if task.state not in ("complete", "running") else "") or job.get("reason", ""))
 
 def board(
     folder, # of a study
 ) -> pd.DataFrame:
     "A row per run: state, epoch, L1, elapsed, ends, attempts, where, why."
+    jobs = _jobs(Path(folder)) # first: that puts right the status of runs whose job was killed
     study = load_study(folder)
-    jobs = _jobs(study.folder)
-    return pd.DataFrame([_row(t, jobs) for t in study.tasks])
+    return pd.DataFrame([_row(t, jobs) for t in (*study.tasks, *([_report(study)] if "compare" in jobs else []))])
+
+def _report(study: Study) -> Task:
+    "The report's job, as if it were a run."
+    return judge(Task(Spec(Path("compare.ipynb"), study.name, "compare", {}, "compare"), study.folder/"compare", "", []), parameters=False)
 
 # %% ../../nbs/runs/08_board.ipynb #6f208ca2
 def _width() -> int:
@@ -116,10 +121,10 @@ def counts_of(states) -> str: # such as "3 complete, 1 running"
     found = pd.Series(list(states), dtype=str).value_counts()
     return ", ".join(f"{found[s]} {s}" for s in (*order, *sorted(set(found.index) - set(order))) if s in found)
 
-# %% ../../nbs/runs/08_board.ipynb #e9248719
+# %% ../../nbs/runs/08_board.ipynb #d620ea2c
 def _at_work(folder: Path, table: pd.DataFrame) -> bool:
     "Will anything change by itself?"
-    return bool(pool_of(folder)) or (table.state == "running").any() or table["where"].str.contains(_AT_WORK).any()
+    return bool(pool_of(folder)) or (table.state == "running").any() or any(not j["over"] and j["slurm_state"] != "UNREACHABLE" for j in _jobs(folder).values())
 
 def _show(table: pd.DataFrame, name: str, before: dict) -> dict: # what was shown, run to line
     "Show the table on a terminal, what has changed in a log."

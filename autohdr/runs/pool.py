@@ -73,7 +73,7 @@ def _end_kernel(status: dict):
         kill_group(kernel.pid)
         kernel.wait(10)
 
-# %% ../../nbs/runs/11_pool.ipynb #0822ac42
+# %% ../../nbs/runs/11_pool.ipynb #18dafd52
 def _blank(task: Task) -> dict:
     "The status of a run that never began, with the parameters that it would have had."
     spec = task.spec
@@ -92,7 +92,8 @@ def record(
     if (task.folder/"status.json").exists(): status = json.loads((task.folder/"status.json").read_text(encoding="utf-8"))
     else: status = _blank(task)
     write_status(task.folder, status | dict(state=state, reason=reason, exit_code=exit_code, kernel_pid=None, ended=now(), seconds=round(seconds, 1)))
-    render(task.folder)
+    try: render(task.folder)
+    except Exception as e: print(f"autohdr: {task.name} has no report: {type(e).__name__}: {e}", file=sys.stderr) # the other runs go on all the same
 
 def _last_words(study: Study, task: Task) -> str:
     "The last line that a run's process has said."
@@ -202,7 +203,7 @@ def _tell(pool: Pool, every: float):
     pool.told = time.monotonic()
     pool.say(f"{pool.total - len(pool.waiting) - len(pool.children)} of {pool.total} done; running: {', '.join(_far(c.task) for c in pool.children) or 'none'}; {len(pool.waiting)} wait")
 
-# %% ../../nbs/runs/11_pool.ipynb #de468a90
+# %% ../../nbs/runs/11_pool.ipynb #9b832594
 def _cancelled(pool: Pool):
     "Heed what `autohdr cancel` asks for."
     asked = {f.name for f in (pool.study.folder/"_cancel").glob("*")}
@@ -225,18 +226,25 @@ def cancel(
     runs=(), # names; empty: all
     wait: float = 30., # seconds that the runs have to end
 ) -> list: # of those that were waiting or running
-    "End runs that this or another machine's pool works on; those that wait do not start."
+    "End runs that this or another machine's pool or a cluster works on; those that wait do not start."
     study = load_study(folder)
     known = {t.name: t for t in study.tasks}
     chosen = [known[check_name(r, known, f"run of {study.name}:")] for r in runs] or study.tasks
-    pool = pool_of(study.folder)
-    chosen = [t for t in chosen if t.state == "running" or (pool and t.state != "complete")]
+    pool, jobs = pool_of(study.folder), _end_jobs(study.folder, runs)
+    chosen = [t for t in chosen if t.state == "running" or t.name in jobs or (pool and t.state != "complete")]
     (study.folder/"_cancel").mkdir(exist_ok=True)
     for task in chosen: (study.folder/"_cancel"/task.name).touch() if pool else _end_alone(task)
     end = time.monotonic() + wait
     while time.monotonic() < end and any((study.folder/"_cancel"/t.name).exists() or judge(t, read=False).state == "running" for t in chosen): time.sleep(.2)
     for task in chosen: judge(task, read=False)
     return chosen
+
+def _end_jobs(folder: Path, runs) -> list: # names
+    "End the jobs that SLURM has of these runs."
+    here = at_slurm(folder)
+    if not here or (runs and not here.keys() & set(runs)): return []
+    from autohdr.runs import slurm # here: an extra
+    return slurm.cancel(folder, [r for r in runs if r in here] or None)
 
 def _end_alone(task: Task):
     "End a run that no pool looks after, if it is on this machine."

@@ -38,9 +38,11 @@ def find_study(
     if path.suffix not in (".yaml", ".yml") and len(path.parts) == 1: return known[check_name(str(study), known, "study")]
     raise AutohdrError(f"There is no study file {path.absolute()}. Shipped ones: {', '.join(known)}.")
 
-# %% ../../nbs/runs/06_study.ipynb #d0bc8bec
+# %% ../../nbs/runs/06_study.ipynb #38de60bf
 _RUN = dict(recipe=(str, "a recipe's name or file"), parameters=(dict, "lines such as 'epochs: 5'"), label=((str, int, float), "a text"),
             grid=(dict, "parameters with a list of values, or with names and values, each"), folds=(int, "a whole number"), seeds=(list, "a list of whole numbers"))
+_TABLES = ("models", "resolution", "losses", "pre_post", "cleaning", "ensemble") # those of autohdr.runs.tables, which takes seconds to import
+_TAKEN = ("compare", "study.json", "jobs.json", "pool.json", "report.html") # what else lies in a study's folder
 _STUDY = {k: v for k, v in _RUN.items() if k != "label"} | dict(about=(str, "a text"), runs=((dict, list), "runs by name, or a list of recipes"), include=(list, "a list of studies"),
           smoke=((bool, dict), "true, or keys of this file with other values"), tables=(list, "a list of tables"))
 
@@ -61,7 +63,7 @@ def _check_axes(content: dict, where: str):
     if any(not isinstance(s, int) or isinstance(s, bool) for s in seeds) or len(set(seeds)) < len(seeds): raise AutohdrError(f"{where}: 'seeds' must be different whole numbers, not {seeds!r}.")
     if folds < 0 or folds == 1: raise AutohdrError(f"{where}: 'folds' is {folds}; expected 2 or more, or 0 for none.")
 
-# %% ../../nbs/runs/06_study.ipynb #14b87750
+# %% ../../nbs/runs/06_study.ipynb #a20d2294
 def _named_runs(content: dict) -> dict: # name to what the file says of the run
     "Runs by name, whichever way the file lists them."
     runs = content.get("runs")
@@ -84,6 +86,8 @@ def read_study(
     if isinstance(instead, dict) and smoke: content |= _check_keys(instead, {k: v for k, v in _STUDY.items() if k != "smoke"}, f"{file}, smoke")
     runs = {name: _check_keys(run, _RUN, f"{file}, run {name}") for name, run in _named_runs(content).items()}
     for part, where in ((content, str(file)), *((run, f"{file}, run {name}") for name, run in runs.items())): _check_axes(part, where)
+    for table in content.get("tables", []): check_name(str(table), _TABLES, f"table in {file}:")
+    if taken := [n for n in runs if n in _TAKEN]: raise AutohdrError(f"{file}: a run can't have the name '{taken[0]}', which the study's folder has for something else.")
     if not runs and not content.get("include"): raise AutohdrError(f"{file} names no run: it needs 'runs', 'recipe' or 'include'.")
     return content | dict(runs=runs, file=file, name=file.stem, smoke=smoke or instead is True)
 
@@ -135,7 +139,7 @@ def _entries(content: dict, name: str, run: dict):
         full = "-".join([name, *(_slug(f"{axis}_{_text(value)}") for axis, value in axes.items())])
         yield _Entry(name, full, label, recipe, axes, {k: (v, here) for k, v in {**given, **own, **values}.items()}, content["smoke"])
 
-# %% ../../nbs/runs/06_study.ipynb #7fdafe4c
+# %% ../../nbs/runs/06_study.ipynb #6841cb38
 def _referred(entry: _Entry, name: str, entries: list, where) -> _Entry:
     "The run that `run:NAME` stands for in another run."
     family = [e for e in entries if e.name == name] or [e for e in entries if e.base == name]
@@ -163,7 +167,7 @@ def _expand(content: dict, above: tuple = ()) -> list: # of entries
             e.values |= {k: (v, file.parent) for k, v in content.get("parameters", {}).items()}
             entries.append(e)
     _refer(entries, file)
-    twice = next((e.name for i, e in enumerate(entries) if any(e.name == o.name for o in entries[:i])), None)
+    twice = next((e.name for i, e in enumerate(entries) if any(e.name.lower() == o.name.lower() for o in entries[:i])), None) # some file systems know no case
     if twice: raise AutohdrError(f"{file}: two runs would have the name '{twice}'; give the values of the grid names of their own, such as {{lr: {{slow: 1e-5}}}}.")
     return entries
 
@@ -238,7 +242,7 @@ def _tasks(entries: list, study: str, folder: Path, overrides, file) -> list:
     _check_order(tasks, file)
     return tasks
 
-# %% ../../nbs/runs/06_study.ipynb #e611f275
+# %% ../../nbs/runs/06_study.ipynb #3aefa636
 def _plain(value): return json.loads(json.dumps(value, default=str))
 
 def _differences(task: Task, status: dict, read: bool) -> list: # of texts
@@ -249,22 +253,25 @@ def _differences(task: Task, status: dict, read: bool) -> list: # of texts
     out = [f"{k}: {_text(old[k]) if k in old else 'unknown'} -> {_text(new[k]) if k in new else 'no longer there'}" for k in {**old, **new} if k not in old or k not in new or old[k] != new[k]]
     if Path(str(was.get("notebook"))).name != task.spec.notebook.name: out.insert(0, f"notebook: {was.get('notebook')} -> {task.spec.notebook}")
     if out or not read or status.get("inputs") is None: return out
-    digests = inputs(task.spec)
+    try: digests = inputs(task.spec)
+    except (OSError, AutohdrError) as e: return [f"what it reads can't be read: {e}"]
     return [f"{k}: the {'photos' if k.endswith('pairs') else 'file'} changed" for k in {**status["inputs"], **digests} if status["inputs"].get(k) != digests.get(k)]
 
 def judge(
     task: Task,
     read: bool = True, # whether the files that it reads are compared, too
+    parameters: bool = True, # whether the parameters are
 ) -> Task: # the same, with `state` and `why` as they are now
     "How a run stands."
     task.state, task.why = "new", ""
     if not (task.folder/"status.json").exists():
         if task.folder.is_dir() and any(task.folder.iterdir()): task.state, task.why = "changed", "its folder holds no status.json"
         return task
-    status = read_status(task.folder)
+    try: status = read_status(task.folder)
+    except AutohdrError as e: status = dict(state="changed", reason=str(e))
     task.state, task.why = status["state"], status.get("reason") or ""
     if task.state == "running": task.why = f"process {status['pid']} on {status['host']}"
-    elif found := _differences(task, status, read): task.state, task.why = "changed", "; ".join(found)
+    elif parameters and task.state != "changed" and (found := _differences(task, status, read)): task.state, task.why = "changed", "; ".join(found)
     return task
 
 def _judge_all(tasks: list, read: bool = True):
@@ -275,7 +282,7 @@ def _judge_all(tasks: list, read: bool = True):
         again = [n for n in task.needs if by_name[n].state != "complete"]
         if task.state == "complete" and again: task.state, task.why = "changed", f"starts from {', '.join(again)}, which is not complete"
 
-# %% ../../nbs/runs/06_study.ipynb #2e3e58f6
+# %% ../../nbs/runs/06_study.ipynb #acc1c491
 def plan(
     file, # a study's YAML, or the name of a shipped one
     root="papermill_runs", # the study's folder is root/NAME, root/NAME-smoke under --smoke
@@ -285,7 +292,7 @@ def plan(
 ) -> Study:
     "Read a study, check every parameter of every run, and say how each stands."
     content = read_study(file, smoke)
-    name = content["name"] + ("-smoke" if smoke else "")
+    name = content["name"] + ("-smoke" if smoke and not read_study(file)["smoke"] else "") # one that always is a smoke test needs no second folder
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name): raise AutohdrError(f"{content['file']}: the name of a study's file must consist of letters, digits, '-', '_' and '.'.")
     folder, entries = Path(root, name).absolute(), _expand(content)
     for entry in entries: entry.values |= {k: (v, Path.cwd()) for k, v in (values or {}).items()}
