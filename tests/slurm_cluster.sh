@@ -2,9 +2,10 @@
 # A SLURM cluster of one node on loopback, for tests: no systemd, no port or file outside its folder and the ports it is given.
 #   slurm_cluster.sh start FOLDER PORT [accounting]   uses PORT..PORT+3; returns when a job could start, prints nothing
 #   slurm_cluster.sh stop FOLDER                      ends the jobs, then the daemons, by the pids in their own files
+#   slurm_cluster.sh guard FOLDER PID                 does so when process PID is gone, and then deletes FOLDER
 # Its configuration is FOLDER/slurm.conf: clients need SLURM_CONF set to it.
 set -euo pipefail
-action=${1:?start or stop} folder=${2:?the folder of the cluster}
+action=${1:?start, stop or guard} folder=${2:?the folder of the cluster}
 export SLURM_CONF=$folder/slurm.conf
 
 lives() { [ -s "$1" ] && [ "$(cat "/proc/$(cat "$1")/comm" 2>/dev/null)" = "$2" ]; }
@@ -140,6 +141,12 @@ stop() {
     for _ in $(seq 100); do [ -d "/proc/$pid" ] || break; sleep 0.1; done
     [ -d "/proc/$pid" ] && kill -KILL "$pid"
   done
+  return 0
+}
+
+guard() {
+  while [ -d "$folder" ] && kill -0 "$1" 2>/dev/null; do sleep 1; done
+  [ -d "$folder" ] && stop && rm -rf "$folder"
   return 0
 }
 

@@ -79,7 +79,7 @@ def resources(
         if less: words.append(f"{key} {most} instead of {want}")
     return got, words
 
-# %% ../../nbs/runs/07_slurm.ipynb #75e42916
+# %% ../../nbs/runs/07_slurm.ipynb #710d4a82
 def batch_options(
     profile: dict, # from `read_profile`
     got: dict, # from `resources`
@@ -91,6 +91,7 @@ def batch_options(
 ) -> dict: # keyword arguments of submitit's `SlurmExecutor.update_parameters`
     "How submitit is told about a job."
     gres, gpus = profile.get("gres", ""), int(got["gpus"])
+    if _minutes(got["time"])*60 < profile["warning"] + 50: raise AutohdrError(f"{profile.get('file', 'profile')}: a time of {got['time']} is too short for a warning of {profile['warning']} s.")
     out = dict(job_name=name, time=_minutes(got["time"]), cpus_per_task=int(got["cpus"]), signal_delay_s=profile["warning"], setup=profile["setup"], stderr_to_stdout=True, wckey=None,
                srun_args=[f"--cpus-per-task={got['cpus']}"], dependency=after or None, array_parallelism=limit or 1000, **{k: profile.get(k) for k in ("partition", "account", "qos", "constraint", "exclude")})
     if gpus: out |= dict(gres=f"{gres}:{gpus}") if gres else dict(gpus_per_node=gpus)
@@ -134,7 +135,7 @@ def plan_arrays(
         out += groups.values()
     return out
 
-# %% ../../nbs/runs/07_slurm.ipynb #f0d337a0
+# %% ../../nbs/runs/07_slurm.ipynb #df918b22
 class SlurmError(AutohdrError):
     "SLURM refused, did not answer, or is not there."
 
@@ -146,7 +147,7 @@ def ask(
     try: answer = subprocess.run(command, capture_output=True, text=True, timeout=seconds, stdin=subprocess.DEVNULL)
     except FileNotFoundError: raise SlurmError(f"There is no SLURM on this machine: the command {command[0]} is not found. Go to a machine of the cluster, or say --where local.") from None
     except subprocess.TimeoutExpired: raise SlurmError(f"SLURM does not answer: {command[0]} took longer than {seconds:g} s.") from None
-    if answer.returncode: raise SlurmError(f"{shlex.join(command[:3])}: {(answer.stderr or answer.stdout).strip() or f'exit code {answer.returncode}'}")
+    if answer.returncode: raise SlurmError(f"{shlex.join(command[:3])}: {'; '.join((answer.stderr or answer.stdout).strip().splitlines()) or f'exit code {answer.returncode}'}")
     return answer.stdout
 
 # %% ../../nbs/runs/07_slurm.ipynb #f63a15da
@@ -193,7 +194,7 @@ def _entries(jobs: dict) -> dict: # run to its entry; the report is 'compare'
     "All jobs of a study."
     return {**jobs["runs"], **({"compare": jobs["report"]} if jobs["report"] else {})}
 
-# %% ../../nbs/runs/07_slurm.ipynb #99752024
+# %% ../../nbs/runs/07_slurm.ipynb #92b20368
 _BEGIN = "autohdr: begin"
 _WHY = {"JOB REQUEUE": "put back into the queue (scontrol requeue)", "PREEMPTION": "preempted by a job of higher priority", "TIME LIMIT": "ended at its time limit",
         "NODE FAILURE": "the node failed", "": "cancelled (scancel)"}
@@ -211,7 +212,9 @@ def last_words(
     except OSError: return ""
     if re.search(r"oom.kill|out.of.memory handler", text, re.I): return _STATES["OUT_OF_MEMORY"]
     found = re.findall(r"\*\*\* (?:JOB|STEP) \S+ ON \S+ CANCELLED AT \S+(?: DUE TO ([A-Z ]+?))? \*\*\*", text)
-    return _WHY.get(found[-1], f"ended due to {found[-1].lower()}") if found else ""
+    if found: return _WHY.get(found[-1], f"ended due to {found[-1].lower()}")
+    killed = re.findall(r"srun: error: \S+ task \d+: (Killed|Terminated|Aborted|Segmentation fault|Bus error)", text)
+    return f"the job's process ended by a signal ({killed[-1]})" if killed else ""
 
 def how_ended(
     state: str, # SLURM's
@@ -255,7 +258,7 @@ def settle(
     write_status(run_dir, status | dict(reason=at, ended=status["heartbeat"], kernel_pid=None))
     tell(run_dir, words or "the job is over, and nobody says why", state=state)
 
-# %% ../../nbs/runs/07_slurm.ipynb #8d521645
+# %% ../../nbs/runs/07_slurm.ipynb #e72d8455
 def _look(entries: dict, cluster: str) -> dict: # run to (state, reason, node)
     "What SLURM says of these jobs now."
     try:
@@ -277,18 +280,18 @@ def job_states(
     found = _look({run: e for run, e in entries.items() if not e.get("state")}, jobs["cluster"]) if any(not e.get("state") for e in entries.values()) else {}
     for run, e in entries.items():
         state, reason, node = found.get(run) or (e["state"], e.get("reason", ""), e.get("node", ""))
-        if state in OVER: reason = _over(Path(folder), run, e, state, reason)
+        if run in found and state in OVER: reason = _over(Path(folder), run, e, state, reason)
         rows.append(dict(run=run, job=e["job"], slurm_state=state, reason="" if reason == "None" else reason, node=node, log=e["log"]))
     ended = {r["run"]: r for r in rows if r["run"] in found and r["slurm_state"] in OVER and not _alive(Path(folder)/r["run"], r["job"])}
     if ended: _note(folder, ended)
     return pd.DataFrame(rows, columns=["run", "job", "slurm_state", "reason", "node", "log"])
 
-# %% ../../nbs/runs/07_slurm.ipynb #7c466897
+# %% ../../nbs/runs/07_slurm.ipynb #6d22e1c8
 def _over(folder: Path, run: str, entry: dict, state: str, reason: str) -> str: # why, in words
     "Settle the run of a job that is over."
     words = how_ended(state, entry["log"], bool(entry.get("cancelled")))
     settle(folder/run, entry["job"], words, "terminated" if state in ("CANCELLED", "TIMEOUT") else "died")
-    if (folder/run/"status.json").exists() or state == "COMPLETED": return words
+    if (folder/run/"status.json").exists() or state == "COMPLETED" or entry.get("cancelled"): return words
     if "Dependency" in reason or (state == "CANCELLED" and not words): return "never started: a run that it needs did not end well"
     return words or _tail(entry["log"]) or reason
 
@@ -398,7 +401,7 @@ def _stopped(folder: Path, run: str, job: str):
     if not words and int(_fields(job).get("Restarts", 0)) > int(os.environ.get("SLURM_RESTART_COUNT", 0)): words = _WHY["JOB REQUEUE"]
     if words: tell(folder/run, words)
 
-# %% ../../nbs/runs/07_slurm.ipynb #2244da47
+# %% ../../nbs/runs/07_slurm.ipynb #e8282adc
 def report(
     folder: str, # of the study
 ):
@@ -406,7 +409,8 @@ def report(
     signal.signal(signal.SIGUSR2, signal.SIG_IGN) # a report that is preempted is made again
     from autohdr.runs.study import finish, load_study
     job_states(folder)
-    finish(load_study(folder))
+    try: finish(load_study(folder))
+    except AutohdrError as e: sys.exit(f"autohdr: {e}") # its folder says the rest
 
 # %% ../../nbs/runs/07_slurm.ipynb #f305785a
 def _executor(place: Path):
@@ -432,7 +436,7 @@ def _dependency(ok: list, over: list) -> str:
 
 assert _dependency(["1_0", "2"], ["5"]) == "afterok:1_0:2,afterany:5" and _dependency([], []) == ""
 
-# %% ../../nbs/runs/07_slurm.ipynb #efeaabed
+# %% ../../nbs/runs/07_slurm.ipynb #fa5aec93
 def _check_needs(tasks: list, active: dict, study):
     "A run whose predecessor is neither complete nor on its way can't start."
     states, sent = {t.name: t.state for t in study.tasks}, {t.name for t in tasks}
@@ -455,21 +459,25 @@ def submit(
     active = {r.run: r.job for r in states.itertuples() if r.slurm_state not in OVER}
     new = [t for t in tasks if t.name not in active]
     _check_needs(new, active, study)
-    ids = dict(active)
-    sent = [_submit_array(study, array, profile, place, cluster, ids) for array in _with_limits(new, profile, jobs)]
-    if sent: _submit_report(study, profile, place, [j for run, j in ids.items() if run != "compare"], active.get("compare"))
+    ids, fresh = dict(active), []
+    try:
+        for array in _with_limits(new, profile, jobs): fresh += _submit_array(study, array, profile, place, cluster, ids)
+        waits = [j for run, j in ids.items() if run != "compare"]
+        if fresh or (waits and "compare" not in active): _submit_report(study, profile, place, waits, active.get("compare"))
+    except SlurmError: # all or nothing
+        if fresh: cancel(study.folder, fresh)
+        raise
     return {t.name: ids[t.name] for t in tasks}
 
-# %% ../../nbs/runs/07_slurm.ipynb #f1802bbf
+# %% ../../nbs/runs/07_slurm.ipynb #b1574b1b
 def _with_limits(tasks: list, profile: dict, jobs) -> list:
     "The arrays, after a word on what runs do not get."
     arrays = plan_arrays(tasks, profile, jobs)
     for words in sorted({f"{w} ({', '.join(r for r, v in a['words'].items() if v == w)})" for a in arrays for w in a["words"].values()}): print(f"{Path(profile['file']).stem} gives {words}")
     return arrays
 
-def _submit_array(study, array: dict, profile: dict, place: Path, cluster: str, ids: dict):
+def _submit_array(study, array: dict, profile: dict, place: Path, cluster: str, ids: dict) -> list: # its runs
     "Submit one array and write down which job each of its runs is."
-    array["jobs"] = sorted({ids[run].split("_")[0] for run in array["needs"] if run in ids})
     after = _dependency([ids[run] for run in array["needs"] if run in ids], [ids[f"array {n}"] for n in array["behind"]])
     options = batch_options(profile, array["gets"], f"autohdr-{study.name}", place.name, study.folder, array["limit"], after)
     n, runs = len(array["runs"]), array["runs"]
@@ -478,12 +486,13 @@ def _submit_array(study, array: dict, profile: dict, place: Path, cluster: str, 
     with _changing(study.folder) as known:
         known["cluster"] = cluster
         for run, job in zip(runs, sent): known["runs"][run] = dict(job=job.job_id, token=place.name, log=str(job.paths.stdout), submitted=now(), profile=profile["file"])
+    return runs
 
 def _submit_report(study, profile: dict, place: Path, after: list, old: str):
     "Submit the job that makes the report, instead of one that waits already."
     if old: ask("scancel", old)
+    got = resources(dict(gpus=0, cpus=2, memory="8G", time="01:00:00"), profile)[0] | {k: v for k, v in profile["report"].items() if k in _AMOUNTS}
     profile = profile | profile["report"]
-    got = dict(gpus=0, cpus=2, memory="8G", time="01:00:00") | {k: profile["report"][k] for k in _AMOUNTS if k in profile["report"]}
     options = batch_options(profile, got, f"autohdr-{study.name}-report", place.name, study.folder, after=_dependency([], sorted({j.split("_")[0] for j in after})))
     sent = _send(place, options, profile, report, [str(study.folder)])[0]
     with _changing(study.folder) as known: known["report"] = dict(job=sent.job_id, token=place.name, log=str(sent.paths.stdout), submitted=now(), profile=profile["file"])
