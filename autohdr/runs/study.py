@@ -6,13 +6,13 @@
 __all__ = ['find_study', 'read_study', 'Task', 'Study', 'judge', 'plan', 'plan_table', 'write_study', 'load_study', 'find_folder',
            'set_aside', 'run_task', 'pool_of', 'only_pool', 'finish']
 
-# %% ../../nbs/runs/06_study.ipynb #5dc846d6
+# %% ../../nbs/runs/06_study.ipynb #18c85c4c
 import contextlib, fcntl, graphlib, itertools, json, os, re, socket, time
 from dataclasses import dataclass, field
 from pathlib import Path
 import pandas as pd, yaml
 from ..core import AutohdrError, check_name, write_json
-from .spec import Spec, find_recipe, from_json, inputs, is_path, make_spec, parse_override, read_parameters, read_recipe, resolve_path, check_value, shipped, to_json
+from .spec import Spec, find_recipe, from_json, inputs, is_path, make_spec, parse_override, read_parameters, read_recipe, resolve_paths, check_value, shipped, to_json
 from .status import now, read_status
 
 # %% ../../nbs/runs/06_study.ipynb #21db2231
@@ -139,21 +139,30 @@ def _entries(content: dict, name: str, run: dict):
         full = "-".join([name, *(_slug(f"{axis}_{_text(value)}") for axis, value in axes.items())])
         yield _Entry(name, full, label, recipe, axes, {k: (v, here) for k, v in {**given, **own, **values}.items()}, content["smoke"])
 
-# %% ../../nbs/runs/06_study.ipynb #6841cb38
-def _referred(entry: _Entry, name: str, entries: list, where) -> _Entry:
-    "The run that `run:NAME` stands for in another run."
+# %% ../../nbs/runs/06_study.ipynb #cfbf30ea
+def _family(entry: _Entry, name: str, entries: list, where) -> list: # of entries
+    "The runs that `run:NAME` stands for in another run: those with the same values on the axes that both have."
     family = [e for e in entries if e.name == name] or [e for e in entries if e.base == name]
     if not family: check_name(name, {n for e in entries for n in (e.base, e.name)}, f"run in {where}: run {entry.name} refers to")
     fits = [e for e in family if all(entry.axes[a] == v for a, v in e.axes.items() if a in entry.axes)]
-    if len(fits) == 1: return fits[0]
     if not fits: raise AutohdrError(f"{where}: run {entry.name} refers to run:{name}, which has none with the same {', '.join(entry.axes)}.")
+    return fits
+
+def _referred(entry: _Entry, name: str, entries: list, where) -> _Entry:
+    "The one run that `run:NAME` stands for in another run."
+    fits = _family(entry, name, entries, where)
+    if len(fits) == 1: return fits[0]
     raise AutohdrError(f"{where}: run {entry.name} refers to run:{name}, which stands for {len(fits)} runs ({fits[0].name}, {fits[1].name}, ...); name one of them.")
+
+def _is_reference(value) -> bool: return isinstance(value, str) and value.startswith("run:")
 
 def _refer(entries: list, where):
     "Put runs in the place of references to them."
     for entry in entries:
         for key, (value, base) in entry.values.items():
-            if isinstance(value, str) and value.startswith("run:"): entry.values[key] = _referred(entry, value[4:].strip(), entries, where), base
+            if _is_reference(value): entry.values[key] = _referred(entry, value[4:].strip(), entries, where), base
+            elif isinstance(value, list) and any(map(_is_reference, value)): # all runs of a name
+                entry.values[key] = [e for v in value for e in (_family(entry, v[4:].strip(), entries, where) if _is_reference(v) else [v])], base
 
 def _expand(content: dict, above: tuple = ()) -> list: # of entries
     "All runs of a study and of those that it includes."
@@ -198,33 +207,43 @@ class Study:
     tables: list = field(default_factory=list) # of the report; empty: those that fit
     command: str = "" # that goes on with it
 
-# %% ../../nbs/runs/06_study.ipynb #8d748662
+# %% ../../nbs/runs/06_study.ipynb #437fdccb
+def _declared(entry: _Entry) -> dict:
+    "The parameters that a run may be given."
+    declared = read_parameters(read_recipe(find_recipe(entry.recipe))["notebook"])
+    return {k: p for k, p in declared.items() if k != "run_dir"}
+
+def _others(value) -> list: # of entries
+    "The runs that a value stands for."
+    return [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, _Entry)]
+
 def _values(entry: _Entry, folder: Path, overrides) -> tuple: # (parameters with absolute paths, names of those that other runs write)
     "What the study and the command line say for a run."
-    declared = read_parameters(read_recipe(find_recipe(entry.recipe))["notebook"])
+    declared, model = _declared(entry), lambda v: str(folder/v.name/"model.safetensors") if isinstance(v, _Entry) else v
     out, later = {}, []
     for key, (value, base) in entry.values.items():
-        p = declared[check_name(key, declared.keys() - {"run_dir"}, "parameter")]
-        if not isinstance(value, _Entry): value = check_value(p, value)
-        elif not is_path(p): raise AutohdrError(f"Parameter '{key}' takes no file, so it can't be run:{value.name}.")
-        else: later, value = [*later, key], str(folder/value.name/"model.safetensors")
-        out[key] = resolve_path(p, value, base) if isinstance(value, str) and key not in later else value
+        p, others = declared[check_name(key, declared, "parameter")], _others(value)
+        if others and not is_path(p): raise AutohdrError(f"Parameter '{key}' takes no file, so it can't be run:{others[0].name}.")
+        if others: later.append(key)
+        value = [model(v) for v in value] if isinstance(value, list) else model(value)
+        out[key] = value if others else resolve_paths(p, check_value(p, value), base)
     for text in overrides:
+        if text.partition("=")[0].strip() not in declared: continue # it is for runs of another notebook
         key, value = parse_override(text, declared)
         if key in entry.axes: raise AutohdrError(f"'{text}': {key} is an axis of the study.")
-        value = check_value(declared[key], value)
-        out[key] = resolve_path(declared[key], value, Path.cwd()) if isinstance(value, str) else value
-    return out, [k for k in later if out[k].startswith(str(folder))]
+        out[key] = resolve_paths(declared[key], check_value(declared[key], value), Path.cwd())
+        later = [k for k in later if k != key]
+    return out, later
 
 def _task(entry: _Entry, study: str, folder: Path, overrides) -> Task:
     "A checked run."
     values, later = _values(entry, folder, overrides)
     spec = make_spec(entry.recipe, name=entry.name, smoke=entry.smoke, values=values, later=later, study=study, axes=entry.axes)
     spec.axes = {a: spec.parameters[a] if isinstance(spec.parameters.get(a), float) else v for a, v in entry.axes.items()} # 1e-4 is a text in YAML
-    needs = [entry.values[k][0].name for k in later]
+    needs = [e.name for k in later for e in _others(entry.values[k][0])]
     return Task(spec, folder/entry.name, entry.label, list(dict.fromkeys(needs)), base=entry.base, part=entry.part)
 
-# %% ../../nbs/runs/06_study.ipynb #4122fa82
+# %% ../../nbs/runs/06_study.ipynb #8c123285
 def _check_order(tasks: list, file):
     "Runs may wait for each other, but not in a circle."
     try: graphlib.TopologicalSorter({t.name: t.needs for t in tasks}).prepare()
@@ -241,6 +260,12 @@ def _tasks(entries: list, study: str, folder: Path, overrides, file) -> list:
         raise AutohdrError(f"{file}: nothing was started, since {sum(map(len, problems.values()))} of {len(entries)} runs are wrong:\n" + "\n".join(lines))
     _check_order(tasks, file)
     return tasks
+
+def _check_overrides(entries: list, overrides):
+    "What the command line changes must be a parameter of one run at least."
+    if not overrides: return
+    known = {k for entry in {e.recipe: e for e in entries}.values() for k in _declared(entry)}
+    for text in overrides: check_name(text.partition("=")[0].strip(), known, "parameter")
 
 # %% ../../nbs/runs/06_study.ipynb #3aefa636
 def _plain(value): return json.loads(json.dumps(value, default=str))
@@ -282,7 +307,7 @@ def _judge_all(tasks: list, read: bool = True):
         again = [n for n in task.needs if by_name[n].state != "complete"]
         if task.state == "complete" and again: task.state, task.why = "changed", f"starts from {', '.join(again)}, which is not complete"
 
-# %% ../../nbs/runs/06_study.ipynb #acc1c491
+# %% ../../nbs/runs/06_study.ipynb #f30b0ab0
 def plan(
     file, # a study's YAML, or the name of a shipped one
     root="papermill_runs", # the study's folder is root/NAME, root/NAME-smoke under --smoke
@@ -296,6 +321,7 @@ def plan(
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name): raise AutohdrError(f"{content['file']}: the name of a study's file must consist of letters, digits, '-', '_' and '.'.")
     folder, entries = Path(root, name).absolute(), _expand(content)
     for entry in entries: entry.values |= {k: (v, Path.cwd()) for k, v in (values or {}).items()}
+    _check_overrides(entries, overrides)
     tasks = _tasks(entries, name, folder, overrides, content["file"])
     _judge_all(tasks)
     return Study(name, content.get("about", ""), content["file"], folder, tasks, content.get("tables", []))
