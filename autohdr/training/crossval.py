@@ -73,7 +73,7 @@ def spread_table(
     rows = [{"fold": str(k), "photos": int(counts[k]), **row} for k, row in wide.iterrows()]
     return pd.DataFrame([*rows, {"fold": "mean of folds", "photos": int(counts.sum()), **wide.mean()}, {"fold": "sd of folds", "photos": 0, **wide.std()}])
 
-# %% ../../nbs/training/05_crossval.ipynb #760e140b
+# %% ../../nbs/training/05_crossval.ipynb #bc856546
 def check_finished(
     run_dir, # a run's folder
 ):
@@ -99,7 +99,7 @@ def check_folds(
     "An error unless the runs are the folds of one cross-validation."
     (first, known), seen = next(iter(recipes.items())), {}
     for run_dir, recipe in recipes.items():
-        odd = [f"{k}: {v!r} there, {asdict(known)[k]!r} in {first}" for k, v in asdict(recipe).items() if v != asdict(known)[k] and k not in ("fold", *MAY_DIFFER)]
+        odd = [f"{k}: {v!r} there, {asdict(known)[k]!r} in {first}" for k, v in asdict(recipe).items() if v != asdict(known)[k] and k not in ("fold", "init", "base", *MAY_DIFFER)] # each fold may stand on a model of its own, which has not seen its photos either
         if odd: raise AutohdrError(f"{run_dir}: is no fold of the same cross-validation ({'; '.join(odd[:3])})")
         if recipe.fold in seen: raise AutohdrError(f"{run_dir}: holds out fold {recipe.fold}, and so does {seen[recipe.fold]}; name each fold once")
         seen[recipe.fold] = run_dir
