@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['pad_to_multiple', 'LayerNormBody', 'LayerNorm2d', 'ChannelNorm', 'simple_gate', 'scaled_conv', 'recomputed',
-           'load_base', 'base_graph']
+           'only_shape', 'load_base', 'base_graph']
 
 # %% ../../nbs/models/00_layers.ipynb #142fe389
 import torch
@@ -93,6 +93,13 @@ def recomputed(
 ): # block(*args)
     "Call a block; in the backward pass it runs again instead of having kept what it needs."
     return checkpoint(block, *args, use_reentrant=False) if on and torch.is_grad_enabled() else block(*args)
+
+# %% ../../nbs/models/00_layers.ipynb #c9377370
+def only_shape(
+    x: torch.Tensor,
+) -> bool: # True: it has a shape, but no numbers
+    "Is a tensor there to be measured only?"
+    return x.is_meta or type(x).__name__ == "FakeTensor" # by name: the import would take a second
 
 # %% ../../nbs/models/00_layers.ipynb #8fab9e63
 def load_base(

@@ -7,14 +7,14 @@ __all__ = ['pointwise', 'depthwise', 'wide_maps', 'full_precision', 'Gram', 'Cha
            'spans', 'tiles', 'Cut', 'Join', 'tiled', 'own_part', 'TransformerBlock', 'Embed', 'Halve', 'Double',
            'Restormer', 'infer_config']
 
-# %% ../../nbs/models/05_restormer.ipynb #ed5017be
+# %% ../../nbs/models/05_restormer.ipynb #9b2046dc
 import inspect, re
 from contextlib import nullcontext
 import torch
 from torch import nn
 import torch.nn.functional as F
 from fastcore.basics import patch
-from .layers import LayerNorm2d, pad_to_multiple, recomputed
+from .layers import LayerNorm2d, only_shape, pad_to_multiple, recomputed
 
 # %% ../../nbs/models/05_restormer.ipynb #b98b1db4
 def pointwise(
@@ -173,14 +173,14 @@ class Join(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad): return None, None, *(grad[tile] for _, tile, _ in tiles(*grad.shape[1:3]))
 
-# %% ../../nbs/models/05_restormer.ipynb #db3c50b3
+# %% ../../nbs/models/05_restormer.ipynb #d794c09d
 def tiled(
     f, # (map or tile, border) -> (a map of the same size, sums over it ...)
     x: torch.Tensor, # N x H x W x C
 ) -> tuple: # the map, the sums ...
     "f of a map, on a CPU tile by tile."
     cut = tiles(*x.shape[1:3])
-    if len(cut) == 1 or x.device.type != "cpu" or torch.compiler.is_compiling(): return f(x, None)
+    if len(cut) == 1 or x.device.type != "cpu" or torch.compiler.is_compiling() or only_shape(x): return f(x, None)
     maps, *sums = zip(*[f(part, border) for part, (_, _, border) in zip(Cut.apply(x), cut)])
     return Join.apply(*x.shape[1:3], *maps), *map(sum, sums)
 

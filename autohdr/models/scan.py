@@ -6,11 +6,12 @@
 __all__ = ['naive_scan', 'recur', 'plan', 'segment', 'segment_states', 'segment_gradients', 'Scan', 'fused_kernel',
            'choose_kernel', 'scan_by_kernel', 'selective_scan']
 
-# %% ../../nbs/models/11_scan.ipynb #15e784df
+# %% ../../nbs/models/11_scan.ipynb #a5eac421
 import functools, math
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+from .layers import only_shape
 
 # %% ../../nbs/models/11_scan.ipynb #780ed42f
 def naive_scan(
@@ -96,7 +97,7 @@ def segment_gradients(x, delta, A, B, C, dy, h, p, chunks, room): # as above; dy
     dA = torch.mul(back, delta.unsqueeze(-2), out=product).sum((0, 1))
     return dxd * delta, back.mul_(A).sum(-2) + dxd * x, dA, dB, dC, before
 
-# %% ../../nbs/models/11_scan.ipynb #4f26a289
+# %% ../../nbs/models/11_scan.ipynb #f21e1317
 class Scan(torch.autograd.Function):
     "`naive_scan`, in segments and chunks."
     @staticmethod
@@ -106,7 +107,7 @@ class Scan(torch.autograd.Function):
         starts = torch.zeros(-(-length // steps), n, k, A.shape[2], d, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         y = torch.empty_like(x)
         ctx.save_for_backward(x, delta, A, B, C, starts)
-        if x.is_meta: return y
+        if only_shape(x): return y
         At = A.transpose(1, 2).to(starts.dtype).contiguous()
         room = starts.new_empty(2, steps, *starts.shape[1:])
         for i in range(len(starts)):
@@ -126,7 +127,7 @@ class Scan(torch.autograd.Function):
         dA, p = torch.zeros_like(A.transpose(1, 2), dtype=starts.dtype), torch.zeros_like(starts[0])
         At = A.transpose(1, 2).to(starts.dtype).contiguous()
         room = starts.new_empty(4, steps, *starts.shape[1:])
-        for i in reversed(range(0 if x.is_meta else len(starts))):
+        for i in reversed(range(0 if only_shape(x) else len(starts))):
             xs, ds, Bs, Cs, dys = (segment(v, i * steps, steps, chunks) for v in (x, delta, B, C, dy))
             dx, dd, dAs, dB, dC, p = segment_gradients(xs, ds, At, Bs, Cs, dys, starts[i], p, chunks, room[:, :len(xs)])
             dA += dAs

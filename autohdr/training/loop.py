@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['NO_PRETRAINING', 'SAVE_EVERY', 'load_pairs', 'folds_beside_holdout', 'select', 'train_dataset', 'epoch_batches',
-           'counts', 'training_terms', 'TrainingDiverged', 'backward', 'update', 'add_group', 'train_epoch', 'validate',
-           'end_epoch', 'epoch_line', 'alike', 'pretrain_recipe', 'pretrain_table', 'pretrain', 'first_state',
-           'remember_look', 'remember_photos', 'pause', 'progress_of', 'run_epoch', 'explain', 'train']
+           'counts', 'training_terms', 'TrainingDiverged', 'mean_over_photos', 'backward', 'update', 'add_group',
+           'train_epoch', 'validate', 'end_epoch', 'epoch_line', 'alike', 'pretrain_recipe', 'pretrain_table',
+           'pretrain', 'first_state', 'remember_look', 'remember_photos', 'pause', 'progress_of', 'run_epoch',
+           'explain', 'train']
 
-# %% ../../nbs/training/02_loop.ipynb #108e80ae
+# %% ../../nbs/training/02_loop.ipynb #9afa8a6f
 import itertools, math, time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,9 +21,10 @@ from ..data.reference import mean_histogram, to_json
 from ..metrics import l1, psnr
 from ..models.zoo import read_metadata, save_model
 from ..photo import read_photo, resize
+from .memory import fit, follow_plan, note_peak, split_batch
 from .processes import add_up, add_up_gradients, add_up_numbers, from_main, gather, launch, main_first, rank, size
 from .recipe import Recipe
-from .state import State, all_seen, autocast, load_state, new_state, no_updates, save_state
+from .state import State, all_seen, autocast, load_state, new_state, no_updates, pick_device, save_state
 
 # %% ../../nbs/training/02_loop.ipynb #3e156da6
 def load_pairs(
@@ -63,7 +65,7 @@ def select(
     if not len(parts["train"]): raise AutohdrError(f"none of the {len(pairs)} pairs is left for training; add pairs or change their split column")
     return {k: v.reset_index(drop=True) for k, v in parts.items()}
 
-# %% ../../nbs/training/02_loop.ipynb #9dd622b6
+# %% ../../nbs/training/02_loop.ipynb #15d4c2b8
 def train_dataset(
     pairs: pd.DataFrame, # the training split
     recipe: Recipe,
@@ -77,7 +79,7 @@ def epoch_batches(
     recipe: Recipe,
     epoch: int, # from 0
     done: int = 0, # batches that a run which goes on has behind it
-): # yields batches, with the number of photos `of_all` processes and of this `own` one
+): # yields batches, with `counts`
     "The batches of an epoch, or those that are left: `repeats` passes, or as many as `epoch_updates` takes, each with crops and order of its own."
     loader = make_loader(dataset, recipe.batch_size, shuffle=True, seed=recipe.seed, workers=recipe.workers, rank=rank(), processes=size())
     left = recipe.epoch_updates * recipe.accumulate or len(loader) * recipe.repeats
@@ -94,10 +96,10 @@ def counts(
     photos: int, # in a pass
     batch_size: int, # of each process
     at: int, # number of the batch in the pass
-) -> dict: # of_all, own
-    "How many photos a batch has in all processes and in this one; 0 where it only has another's photo so as to take part."
+) -> dict: # of_all, own, most
+    "How many photos a batch has in all processes, in this one (0 where it only has another's photo so as to take part), and in the one that has most."
     of_all = min(batch_size * size(), photos - at * batch_size * size())
-    return dict(of_all=of_all, own=min(max(of_all - rank() * batch_size, 0), batch_size))
+    return dict(of_all=of_all, own=min(max(of_all - rank() * batch_size, 0), batch_size), most=min(of_all, batch_size))
 
 # %% ../../nbs/training/02_loop.ipynb #1baccd39
 def training_terms(
@@ -110,18 +112,26 @@ def training_terms(
     if hasattr(model, "training_terms"): return model.training_terms(before, after, loss)
     return {"loss": loss(model(before).float(), after)}
 
-# %% ../../nbs/training/02_loop.ipynb #995e1318
+# %% ../../nbs/training/02_loop.ipynb #0dfa5431
 class TrainingDiverged(AutohdrError):
     "A loss or gradient stopped being finite."
 
+def mean_over_photos(
+    values: torch.Tensor, # means over this process's photos, 1-D
+    own: int, # how many these are
+) -> torch.Tensor: # the same shape
+    "Means over the photos of all processes."
+    *sums, photos = add_up(torch.cat([values * own, values.new_tensor([own])]))
+    return torch.stack(sums) / photos
+
 def backward(
     state: State,
-    batch: dict, # before, after: N x 3 x H x W; name: N strings; own, of_all: numbers of photos
+    batch: dict, # before, after: N x 3 x H x W; name: N strings; own: number of photos that count
     share: float, # of this process's photos among those of this update
     recipe: Recipe,
 ) -> dict: # value of each term, unweighted
     "Add one batch's gradient."
-    state.loss.over_all = lambda values: add_up(values * (batch["own"] / batch["of_all"])) if size() > 1 else values
+    if size() > 1: state.loss.over_all = lambda values: mean_over_photos(values, batch["own"])
     before, after = (batch[k].to(state.device, non_blocking=True) for k in ("before", "after"))
     with autocast(recipe.precision, state.device):
         terms = training_terms(state.model, before, after, lambda pred, target: state.loss(pred, target)[0])
@@ -154,7 +164,7 @@ def update(
     state.step += 1
     return norm.item()
 
-# %% ../../nbs/training/02_loop.ipynb #c912b0aa
+# %% ../../nbs/training/02_loop.ipynb #542981d7
 def add_group(
     state: State,
     group: list, # batches of one update
@@ -162,7 +172,7 @@ def add_group(
 ):
     "One update, noted in `state.partial`."
     photos, so_far, sums = sum(batch["of_all"] for batch in group), state.partial, {}
-    for batch in group:
+    for batch in [part for whole in group for part in split_batch(whole, state.split)]:
         for name, value in backward(state, batch, batch["own"] / photos, recipe).items(): sums[name] = sums.get(name, 0.) + value * batch["own"]
     norm = update(state, recipe, [name for batch in group for name in batch["name"]])
     for name, total in zip(sums, add_up_numbers(list(sums.values()), state.device)): so_far["sums"][name] = so_far["sums"].get(name, 0.) + total
@@ -375,7 +385,7 @@ def explain(
     kept = f"the weights of epoch {state.epoch} or before are in {run_dir/'model.safetensors'}" if (run_dir/"model.safetensors").exists() else "no epoch was finished"
     return TrainingDiverged(f"{error}; {kept}. Try a lower lr (now {recipe.lr}), clip, or precision bf16 or fp32 (now {recipe.precision})")
 
-# %% ../../nbs/training/02_loop.ipynb #a3d15cd7
+# %% ../../nbs/training/02_loop.ipynb #ce406bac
 def train(
     recipe: Recipe,
     pairs: pd.DataFrame, # all of them; `select` says who trains
@@ -386,19 +396,22 @@ def train(
     if recipe.processes > 1 and size() == 1: return launch(train, recipe, pairs, run_dir, pretrained, processes=recipe.processes, device=recipe.device)
     run_dir, parts, print_id = Path(run_dir), select(pairs, recipe), from_main(lambda: fingerprint(pairs))
     n, file = len(parts["train"]), Path(run_dir)/"resume.pt"
+    dataset = train_dataset(parts["train"], recipe)
+    val = PairDataset(parts["val"], size=recipe.size, squash=recipe.squash, input_gamma=recipe.input_gamma) if len(parts["val"]) else []
+    plan = from_main(lambda: fit(recipe, dataset, val, run_dir, pick_device(recipe.device)))
     state = load_state(file, recipe, n, print_id) if file.exists() else first_state(recipe, parts, run_dir, pretrained)
+    follow_plan(plan, state)
     if rank() == 0 and "reference" not in state.ema.module.metadata:
         remember_photos(state, parts["train"])
         remember_look(state, parts["train"])
     if state.step: print(f"going on after {progress_of(state)}", flush=True)
-    dataset = train_dataset(parts["train"], recipe)
-    val = PairDataset(parts["val"], size=recipe.size, squash=recipe.squash, input_gamma=recipe.input_gamma) if len(parts["val"]) else []
     go_on = not (recipe.patience and state.since_best >= recipe.patience)
     while go_on and state.epoch < recipe.epochs:
         if state.step: pause(state, recipe, file, print_id)
         try: row = run_epoch(state, recipe, dataset, val, lambda: pause(state, recipe, file, print_id))
         except TrainingDiverged as e: raise explain(e, state, recipe, run_dir) from None
         print(epoch_line(row, recipe.epochs), flush=True)
+        if rank() == 0: note_peak(run_dir, state.device)
         go_on = end_epoch(state, recipe, run_dir, row, print_id)
     if not go_on: print(f"stopped: no better validation L1 for {state.since_best} epochs", flush=True)
     return pd.DataFrame(state.history)

@@ -62,7 +62,7 @@ def make_ema(
         if pairs: torch._foreach_lerp_(*map(list, zip(*pairs)), 1 - ema_weight(decay, int(n)))
     return AveragedModel(model, multi_avg_fn=average)
 
-# %% ../../nbs/training/01_state.ipynb #d08a50d4
+# %% ../../nbs/training/01_state.ipynb #474e106d
 def no_updates() -> dict: # sums and counts over the updates of an epoch so far
     "What is known of an epoch that has not begun."
     return dict(updates=0, photos=0, sums={}, norm=0., norms=0, seconds=0.)
@@ -84,6 +84,7 @@ class State:
     history: list = field(default_factory=list) # a dict per epoch
     partial: dict = field(default_factory=no_updates) # of the epoch that has begun
     clock: float = field(default_factory=time.monotonic) # when the seconds in `partial` were last counted
+    split: int = 0 # photos in one pass, at most, where memory is short; 0: whole batches
 
 # %% ../../nbs/training/01_state.ipynb #1276980b
 def match_report(
