@@ -7,17 +7,17 @@ __all__ = ['REPEATS', 'BASELINES', 'run_folders', 'read_plan', 'read_run', 'toy_
            'Results', 'read_study', 'judged_size', 'judged', 'same_photos', 'blocks', 'per_photo', 'scores_of',
            'floor_of', 'against', 'change_in_words', 'gamma_verdict', 'table', 'block_title', 'headline_table',
            'differences', 'wrapping', 'difference_table', 'interrupted', 'surroundings', 'what_differs', 'mismatched',
-           'account', 'account_html', 'flat', 'parameters_of', 'link', 'cost_table', 'publish', 'by_photo',
+           'account', 'account_html', 'flat', 'parameters_of', 'link', 'cost_table', 'publish', 'shortened', 'by_photo',
            'photo_tables', 'prediction', 'original', 'pictures', 'shown_width', 'as_metrics']
 
-# %% ../../nbs/runs/09_compare.ipynb #d096c417
+# %% ../../nbs/runs/09_compare.ipynb #476887e6
 import contextlib, hashlib, html, io, json, os, re
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, pandas as pd, yaml
 from ..core import AutohdrError, check_name, write_csv, write_json, write_text
 from ..metrics import METRICS, psnr_of_mse
-from .arms import difference, digits, in_words
+from .arms import difference, digits, in_words, signed
 from .page import duration
 from .report import piece, sortable
 from .status import environment_info, now, read_status, write_status
@@ -325,10 +325,10 @@ def table(
         out += sorted(rows, key=lambda r: (not np.isfinite(r["l1"]), r["l1"]))
     return pd.DataFrame(out, columns=None if out else ["block", "configuration", "size", *METRICS, "photos", "folds", "seeds", "runs"]).pipe(lambda t: t.assign(number=range(1, len(t) + 1)))
 
-# %% ../../nbs/runs/09_compare.ipynb #9cd91e8b
+# %% ../../nbs/runs/09_compare.ipynb #5aa08788
 _COLUMNS = {"l1": "L1 ↓", "psnr": "PSNR, dB ↑", "psnr_of_mean_mse": "PSNR of mean MSE, dB ↑", "ssim": "SSIM ↑", "ciede2000": "CIEDE2000 ↓"}
 _STYLE = ("<style>.ah tr.head td{font-weight:600;padding-top:1.1em;border-bottom:2px solid #8886} .ah tr.floor td{color:#5c6670;font-style:italic} .ah .tight th,.ah .tight td{padding:.38em .6em} "
-          ".ah .tight th{white-space:normal} .ah .tight td.words{white-space:normal;min-width:9em} .ah li{margin:.25em 0;overflow-wrap:anywhere} .ah li.warn{color:#b45424}</style>")
+          ".ah .tight th{white-space:normal} .ah .tight td.words{white-space:normal;min-width:11em} .ah li{margin:.25em 0;overflow-wrap:anywhere} .ah li.warn{color:#b45424}</style>")
 
 def block_title(rows: pd.DataFrame) -> str:
     "What judged a block, in words."
@@ -342,7 +342,7 @@ def _score_cell(row: dict, score: str, best) -> str:
     text = "–" if not np.isfinite(value) else f"{value:.{digits(score)}f}" + (f" ± {sd:.{digits(score)}f}" if np.isfinite(sd) else "")
     return f"<td{' class=best' if best is not None and value == best else ''}>{text}</td>"
 
-# %% ../../nbs/runs/09_compare.ipynb #1f3db1a1
+# %% ../../nbs/runs/09_compare.ipynb #b8bdf60d
 def _block_html(rows: pd.DataFrame, title: str) -> str:
     "The rows of one block, and its baselines."
     best = {s: (rows[s].min() if METRICS[s.split("_")[0]].better == "lower" else rows[s].max()) if len(rows) > 1 else None for s in _COLUMNS}
@@ -350,7 +350,7 @@ def _block_html(rows: pd.DataFrame, title: str) -> str:
     for row in rows.to_dict("records"):
         count = f"<td>{row['photos']}</td><td>{row['folds']}</td><td>{row['seeds']}</td>"
         good = "good" if row["beats_gamma"].startswith("yes") else "bad" if row["beats_gamma"].startswith("no,") else ""
-        out.append(f"<tr><td class='text'>{row['number']}. {html.escape(row['configuration'])}</td><td class='text words {good}'>{html.escape(row['beats_gamma'])}</td>"
+        out.append(f"<tr><td class='text words'>{row['number']}. {html.escape(row['configuration'])}</td><td class='text words {good}'>{html.escape(row['beats_gamma'])}</td>"
                    + "".join(_score_cell(row, s, best[s]) for s in _COLUMNS) + f"{count}</tr>")
     for name, alike, of in _floors(rows):
         note = "" if len(_floors(rows)) <= len(BASELINES) else f" (of {of})"
@@ -376,7 +376,7 @@ def headline_table(
     note = "Mean over photos ± sd over folds. PSNR is the mean of per-photo PSNR; beside it that of the mean squared error of all photos. ↓ less is better, ↑ more is better, ★ best of its group; in italics the baselines, fitted on the same training photos."
     return piece(f"{_STYLE}{several}<div class='scroll tight' style='max-height:none'><table>{head}{''.join(parts)}</table></div><p class='note'>{note}</p>")
 
-# %% ../../nbs/runs/09_compare.ipynb #9e7be003
+# %% ../../nbs/runs/09_compare.ipynb #1797f14d
 def differences(
     results: Results,
     to: str, # the configuration that all others are compared with
@@ -402,19 +402,29 @@ def _other_photos(results: Results, a: str, b: str) -> str:
 
 def wrapping(rows: pd.DataFrame, note: str = ""):
     "A sortable table whose texts take several lines."
-    return piece(f"<style>.ah .wrap td.text{{min-width:9em}}</style><div class='wrap'>{sortable(rows, note).data}</div>")
+    return piece(f"<style>.ah .wrap td.text{{white-space:nowrap}} .ah .wrap td.text:first-child{{white-space:normal;min-width:9em}} .ah .wrap td.text:last-child{{white-space:normal;min-width:17em}}</style><div class='wrap'>{sortable(rows, note).data}</div>")
 
 def difference_table(changes: pd.DataFrame, to: str):
     "The differences as a table."
     if not len(changes): return piece("<p class='note'>There is only one configuration.</p>")
-    shown = pd.DataFrame({"configuration": changes.configuration, **{f"{METRICS[s].label} against {to}": changes[f"{s}_words"] for s in METRICS if f"{s}_words" in changes}})
-    return wrapping(shown, "Paired: the same photos in the same folds; the interval allows for training sets that overlap. Where the photos differ there is no difference to tell.")
+    shown = pd.DataFrame({"configuration": changes.configuration})
+    for score in (s for s in METRICS if f"{s}_mean" in changes):
+        span = [f"{signed(r[f'{score}_low'], score)} to {signed(r[f'{score}_high'], score)}" if np.isfinite(r[f"{score}_low"]) else "–" for r in changes.to_dict("records")]
+        shown[f"{METRICS[score].label}, change"] = [signed(v, score) if np.isfinite(v) else "–" for v in changes[f"{score}_mean"]]
+        shown[f"{METRICS[score].label}, 95% interval"] = span
+    shown = shown.assign(folds=changes.l1_folds.map(lambda n: f"{n:.0f}" if np.isfinite(n) else "–"))
+    shown["L1 in words"] = [w.split("): ", 1)[-1] if np.isfinite(m) else w for w, m in zip(changes.l1_words, changes.l1_mean)]
+    return wrapping(shown, f"Against {to}. Paired: the same photos in the same folds; the interval allows for training sets that overlap. Where the photos differ there is no difference to tell.")
 
-# %% ../../nbs/runs/09_compare.ipynb #ada47b30
-def _names(runs, most: int = 6) -> str:
+# %% ../../nbs/runs/09_compare.ipynb #d21aa908
+def _names(runs, most: int = 4) -> str:
     "A few names, and how many more."
     runs = list(runs)
     return ", ".join(runs[:most]) + (f" and {len(runs) - most} more" if len(runs) > most else "")
+
+def _count(n: int, what: str = "run") -> str:
+    "A number of things in words."
+    return f"{n} {what}{'' if n == 1 else 's'}"
 
 def interrupted(results: Results) -> pd.DataFrame: # run, attempts, what happened
     "Runs that took more than one attempt."
@@ -459,27 +469,28 @@ def mismatched(results: Results) -> list: # of sentences
         if abs(said - ours) > 1e-6: out.append(f"{run}: its metrics.json says L1 {said:.4f}, its photos say {ours:.4f}; the photos count here")
     return out
 
-# %% ../../nbs/runs/09_compare.ipynb #9b705af9
+# %% ../../nbs/runs/09_compare.ipynb #df5f1135
 def account(
     results: Results,
 ) -> list: # of (good, sentence)
     "What a reader has to know before the numbers, in sentences; `good` says whether all is well with it."
     runs = results.runs
     states = runs.state.value_counts()
-    out = [(len(runs) == (runs.why == "").sum(), f"{len(runs)} runs {'planned' if results.plan.get('planned', True) else 'found (no plan)'}: " + ", ".join(f"{n} {state}" for state, n in states.items()) + ".")]
-    out += [(False, f"{r.run}: {r.state if r.state not in r.why else ''}{': ' if r.state not in r.why else ''}{r.why}. Its scores are not in this report.") for r in runs[runs.why != ""].itertuples()]
+    out = [(len(runs) == (runs.why == "").sum(), f"{_count(len(runs))} {'planned' if results.plan.get('planned', True) else 'found (no plan)'}: " + ", ".join(f"{n} {state}" for state, n in states.items()) + ".")]
+    out += [(False, f"{r.run}: {r.state if r.state not in r.why else ''}{': ' if r.state not in r.why else ''}{r.why.rstrip('.')}. Its scores are not in this report.") for r in runs[runs.why != ""].itertuples()]
     tries = interrupted(results)
     out += [(True, f"{r.run} took {r.attempts} attempts ({r.earlier}).") for r in tries.itertuples()]
-    if len(tries): out.append((True, f"{len(tries)} runs were interrupted or retried, {int((tries.attempts - 1).sum())} times in all; a resumed run ends with the same weights as an undisturbed one, and its time and energy count all attempts."))
+    if len(tries): out.append((True, f"{_count(len(tries))} interrupted or retried, {_count(int((tries.attempts - 1).sum()), 'time')} in all; a resumed run ends with the same weights as an undisturbed one, and its time and energy count all attempts."))
     same, differ = what_differs(results)
-    out += [(False, f"The runs differ in {what}: " + "; ".join(f"{r.value} ({r.number}: {r.runs})" for r in rows.itertuples()) + ".") for what, rows in differ.groupby("what", sort=False)]
+    told = lambda rows: "; ".join(f"{r.value} ({r.number}" + (")" if r.number == rows.number.max() and r.number > 4 else f": {r.runs})") for r in rows.itertuples())
+    out += [(False, f"The runs differ in {what}: {told(rows)}.") for what, rows in differ.groupby("what", sort=False)]
     if same.get("smoke run") == "yes": out.append((False, "All runs are smoke runs: toy sizes and budgets that show the form of the report, and say nothing about the models."))
     if same.get("uncommitted changes", "none").startswith("yes"): out.append((False, f"All runs were made from commit {same.get('commit')} with uncommitted changes."))
     flattered = [run for run in runs.run[runs.why == ""] if results.found[run]["metrics"].get("photos") == "val"]
     if flattered: out.append((False, f"Judged by the validation photos, which chose the epoch and flatter the model: {_names(flattered)}."))
     if results.strangers: out.append((False, f"In the folder, but not in the plan, and left out: {_names(results.strangers)}."))
     aside = [f for f in sorted((results.folder/"_replaced").glob("*")) if f.is_dir()]
-    if aside: out.append((True, f"{len(aside)} runs of an earlier plan were put aside in _replaced: {_names(f.name for f in aside)}."))
+    if aside: out.append((True, f"{_count(len(aside))} of an earlier plan put aside in _replaced: {_names(f.name for f in aside)}."))
     return out + [(False, sentence + ".") for sentence in mismatched(results)]
 
 def account_html(results: Results):
@@ -511,7 +522,7 @@ def parameters_of(
     rows = [dict(configuration=c, **{k: p.get(k) for k in names if k not in common}) for c, p in per.items()]
     return common, pd.DataFrame(rows)
 
-# %% ../../nbs/runs/09_compare.ipynb #41ce31fe
+# %% ../../nbs/runs/09_compare.ipynb #53fe6b93
 def link(
     run_dir: Path, # of a run
     start, # folder of the page that links to it
@@ -530,8 +541,8 @@ def cost_table(
     shown = pd.DataFrame({"run": runs.run, "state": runs.state, "attempts": runs.attempts, "seconds": known("seconds"), "CPU seconds": known("cpu_seconds"), "peak memory, GiB": known("peak_memory").map(gib),
                           "GPU memory, GiB": known("gpu_memory").map(gib), "energy, Wh": known("energy_wh"), "energy of": runs.energy_of, "host": runs.host})
     shown = shown.drop(columns=[c for c in shown if c not in ("run", "state") and (shown[c].isna() | (shown[c] == "")).all()])
-    sums = [f"{len(runs)} runs", f"{duration(known('seconds').sum())} in all ({known('seconds').notna().sum()} runs measured)"]
-    if known("energy_wh").notna().any(): sums.append(f"energy {known('energy_wh').sum():.3g} Wh ({known('energy_wh').notna().sum()} runs measured)")
+    sums = [_count(len(runs)), f"{duration(known('seconds').sum())} in all ({_count(known('seconds').notna().sum())} measured)"]
+    if known("energy_wh").notna().any(): sums.append(f"energy {known('energy_wh').sum():.3g} Wh ({_count(known('energy_wh').notna().sum())} measured)")
     if known("peak_memory").notna().any(): sums.append(f"largest peak {gib(known('peak_memory').max()):.2f} GiB")
     return sortable(shown, "; ".join(sums) + ". All attempts of a run together; times of a machine that also did other work.", links={} if start is None else dict(run=[link(results.folder/r, start) for r in runs.run]))
 
@@ -540,9 +551,16 @@ def publish(
 ) -> Path: # of the copy
     "Copy the report to the study's own folder; what it links to stays where it is."
     text = (Path(study)/"compare/report.html").read_text(encoding="utf-8")
-    return write_text(Path(study)/"report.html", re.sub(r"(<a href=')\.\./", r"\1", text))
+    return write_text(Path(study)/"report.html", re.sub(r"""(<a href=["'])\.\./""", r"\1", text)) # the page's maker has its own quotes
 
-# %% ../../nbs/runs/09_compare.ipynb #dc736c25
+# %% ../../nbs/runs/09_compare.ipynb #0ca309c3
+def shortened(
+    text: str,
+    most: int = 26, # characters
+) -> str:
+    "A text that fits beside an axis; its end stays, since configurations of a grid differ there."
+    return text if len(text) <= most else f"{text[:most*3//5 - 1]}…{text[-(most*2//5):]}"
+
 def by_photo(
     results: Results,
     block: list, # configurations that the same photos judged
@@ -561,7 +579,7 @@ def photo_tables(results: Results, summary: pd.DataFrame) -> list: # of HTML, on
         names, shown = dict(zip(rows.configuration, rows.number)), by_photo(results, list(rows.configuration))
         floor = floor_of(results, rows.configuration.iloc[0], list(rows.configuration))
         if len(floor): shown.insert(2, "fitted gamma", shown.name.map(floor[floor.model == "gamma"].groupby("name").l1.mean()))
-        shown = shown.rename(columns={c: f"{n}. {c if len(c) < 28 else c[:27] + '…'}" for c, n in names.items()})
+        shown = shown.rename(columns={c: f"{n}. {shortened(c)}" for c, n in names.items()})
         out.append(sortable(shown, f"L1 of {block_title(rows)}; worst first, one scale of colour for all columns.", like={c: "l1" for c in shown if c != "name"}))
     return out
 

@@ -85,8 +85,8 @@ def study_figures(
     wide = rows.pivot(index="row", columns="figure", values="claimed")[list(dict.fromkeys(rows.figure))].reindex(order).fillna("–")
     return wide.assign(recomputed=rows.groupby("row").recomputed.agg(lambda r: "; ".join(filter(None, r))).reindex(order)).rename_axis(columns=None)
 
-# %% ../../nbs/runs/12_tables.ipynb #d49193c5
-_STYLE = """<style>.ah .both th,.ah .both td{padding:.35em .5em;font-size:13px} .ah .both th{white-space:normal;vertical-align:bottom} .ah td.none{text-align:left;opacity:.6} .ah td.theirs,.ah th.theirs{color:#5c6670;background:#8881} .ah td.theirs{font-style:italic;text-align:left} .ah th.theirs:first-of-type{border-left:2px solid #8886}
+# %% ../../nbs/runs/12_tables.ipynb #07cdfd66
+_STYLE = """<style>.ah .both th,.ah .both td{padding:.35em .5em;font-size:13px} .ah .both th{white-space:normal;vertical-align:bottom} .ah td.none{text-align:left;opacity:.6} .ah td.theirs,.ah th.theirs{color:#5c6670;background:#8881;text-align:left} .ah td.theirs{font-style:italic;text-align:left} .ah th.theirs:first-of-type{border-left:2px solid #8886}
 .ah tr.sections th{text-align:left;border-bottom:0;padding-bottom:0} .ah td.recomputed{min-width:12em;white-space:normal} .ah td.words{white-space:normal;min-width:8em;text-align:left}</style>"""
 
 def beside(
@@ -100,10 +100,11 @@ def beside(
     wordy = {c for c in columns if ours[c].astype(str).str.len().max() > 20}
     cells = lambda values: f"<td class='none' colspan='{len(columns)}'>not among these runs</td>" if values is None else "".join(f"<td class='{'words' if c in wordy else 'text' if i == 0 else ''}'>{html.escape(str(v))}</td>" for i, (c, v) in enumerate(zip(columns, values)))
     cited = lambda c, v: f"<td class='theirs{' recomputed' if c == 'recomputed' else ''}'>{html.escape(v)}</td>"
-    study = lambda row: cited("", row) + "".join(cited(c, theirs.loc[row, c]) for c in theirs) if row else f"<td class='theirs' colspan='{len(theirs.columns) + 1}'></td>"
+    again = {i for i, (_, row) in enumerate(left) if row in {r for _, r in left[:i]}} # the study's figures stand once, beside the first of our rows that they belong to
+    study = lambda row, i: f"<td class='theirs' colspan='{len(theirs.columns) + 1}'>{html.escape(row)}, as above</td>" if row and i in again else cited("", row) + "".join(cited(c, theirs.loc[row, c]) for c in theirs) if row else f"<td class='theirs' colspan='{len(theirs.columns) + 1}'></td>"
     head = (f"<tr class='sections'><th colspan='{len(columns)}'>these runs</th><th class='theirs' colspan='{len(theirs.columns) + 1}'>the study, on other data</th></tr><tr>"
             + "".join(f"<th>{html.escape(c)}</th>" for c in columns) + "".join(f"<th class='theirs'>{html.escape(c)}</th>" for c in ("row", *theirs)) + "</tr>")
-    body = "".join(f"<tr>{cells(values)}{study(row)}</tr>" for values, row in left)
+    body = "".join(f"<tr>{cells(values)}{study(row, i)}</tr>" for i, (values, row) in enumerate(left))
     return piece(f"{_STYLE}<div class='scroll both' style='max-height:none'><table>{head}{body}</table></div><p class='note'>{html.escape(note)}</p>")
 
 # %% ../../nbs/runs/12_tables.ipynb #e5cd1224
@@ -203,7 +204,7 @@ def resolution(
                     "study": (lambda s: s if s in study_figures("resolution").index else "")(nominal(results, r["configuration"])[1])})
     return pd.DataFrame(out), comparable(rows, "Mean over photos ± sd over folds; PSNR is the mean of per-photo PSNR. The study's rows mix models; ours say which.")
 
-# %% ../../nbs/runs/12_tables.ipynb #8bdcef4d
+# %% ../../nbs/runs/12_tables.ipynb #f4aa4458
 RULES = ("Verdicts, the first that fits: not complete; worse than leaving the photos as they are (identity); does not beat the fitted gamma; best of those judged by the same photos, or best within chance when the 95% interval of its difference "
          "to the second includes 0; within chance of the best; else behind the best by the difference in L1. One fold tells nothing of chance, and the verdict says so.")
 
@@ -225,10 +226,10 @@ def verdict(
     if isinstance(change, str): return f"L1 {'below' if row['l1'] < other['l1'] else 'above'} that of {other['configuration']}; {change}"
     chance, first = change["folds"] > 1 and change["low"] <= 0 <= change["high"], other is not peers[0]
     single = " (one fold)" if change["folds"] < 2 else ""
-    if first: return f"best, but within chance of {other['configuration']}" if chance else f"best, by {abs(change['mean']):.4f}{single}"
-    return f"within chance of the best ({other['configuration']})" if chance else f"behind the best by {change['mean']:.4f}{single}"
+    if first: return "best, but within chance of the second" if chance else f"best, by {abs(change['mean']):.4f}{single}"
+    return "within chance of the best" if chance else f"behind the best by {change['mean']:.4f}{single}"
 
-# %% ../../nbs/runs/12_tables.ipynb #e922ce3b
+# %% ../../nbs/runs/12_tables.ipynb #e218344a
 _MODELS = [("Restormer 896", "restormer", "896", False), ("Restormer 384", "restormer", "384", False), ("Restormer Pretrained", "restormer", "384", True), ("DarkIR", "darkir", "384", None),
            ("ControlNet-Restormer", "controlnet_restormer", "512", None), ("NAFNet", "nafnet", "512", None), ("MambaDiffusion", "mamba_diffusion", "384", None)]
 
@@ -246,11 +247,12 @@ def models(
     rows, out = [r for r in rows_for(results, summary, "models") if plain_run(results, r)], []
     for r in rows:
         some = runs_of(results, r["configuration"])
+        if "l1" in r: some = [o for o in some if not o["why"]] # what came to nothing is told, and counts nowhere
         p, done = some[0]["parameters"], [len(o["history"].drop_duplicates("epoch")) for o in some if "epoch" in o["history"]]
-        val = [v for o in some if (v := (o["metrics"].get("val") or {}).get("val_l1", o["history"].val_l1.min() if "val_l1" in o["history"] else None)) is not None and np.isfinite(v)]
+        val = [v for o in some if not o["why"] and (v := (o["metrics"].get("val") or {}).get("val_l1", o["history"].val_l1.min() if "val_l1" in o["history"] else None)) is not None and np.isfinite(v)]
         count = next((o["metrics"]["parameters"] for o in some if isinstance(o["metrics"].get("parameters"), int)), None)
-        out.append({"configuration": r["configuration"], "model": p["model"] + (f", {count/1e6:.3g}M" if count else ""), "size": f"{p.get('size', 0)} px", "test L1": value_text(r), "PSNR, dB": value_text(r, "psnr"),
-                    "val L1": f"{np.mean(val):.4f}" if val else "–", "epochs": f"{np.mean(done):.3g} of {p.get('epochs')}" if done else "–", "verdict": verdict(results, r, rows), "photos": judged_by(r),
+        out.append({"configuration": r["configuration"], "model": p["model"] + (f", {count/1e6:.3g}M" if count and count > 1e5 else f", {count:,}" if count else ""), "size": f"{p.get('size', 0)} px", "test L1": value_text(r), "PSNR, dB": value_text(r, "psnr"),
+                    "val L1": f"{np.mean(val):.4f}" if val else "–", "epochs": f"{np.mean(done):.3g} of {p.get('epochs')}" if done and r.get("state") != "changed" else "–", "verdict": verdict(results, r, rows), "photos": judged_by(r),
                     "study": study_model(results, r["configuration"])})
     return pd.DataFrame(out), comparable(rows, "Mean over photos ± sd over folds. Val L1: of the epoch that was chosen, mean over runs. " + RULES)
 
@@ -319,7 +321,7 @@ def cleaning(results: Results, summary: pd.DataFrame): # (rows as texts, note)
     "Section 6.2: whether cleaning helps."
     return arm_rows(results, summary, "raw", dict(cleaned="cleaned")), "On all held-out photos, faulty ones among them; the run's own report also judges by those that the rules keep. Less is better. The study gives an expectation."
 
-# %% ../../nbs/runs/12_tables.ipynb #442fecd6
+# %% ../../nbs/runs/12_tables.ipynb #f4db8dfd
 def folds_of(results: Results, configuration: str) -> dict: # fold to (mean PSNR, mean L1, photos)
     "Scores of each fold."
     rows = results.scores[results.scores.configuration == configuration]
@@ -341,14 +343,17 @@ def ensemble(
 ): # (rows as texts, note)
     "Table 6.4."
     out, study = [], set()
-    for r in rows_for(results, summary, "ensemble"):
+    rows = [r for r in rows_for(results, summary, "ensemble")]
+    made = {r["configuration"] for r in rows if any(o["metrics"].get("ensemble") for o in runs_of(results, r["configuration"]))}
+    asked = "ensemble" in (results.plan.get("tables") or []) or any(p.split("-")[0] in _PARTS["ensemble"] for p in results.plan.get("tables_of", {}).values() if p)
+    for r in rows if asked else [r for r in rows if r["configuration"] in made]: # folds without an ensemble stand in the headline
         folds = folds_of(results, r["configuration"]) if "l1" in r and plain_run(results, r) else {}
         if len(folds) < 2: continue
         for i, (k, (psnr, l1, n)) in enumerate(folds.items(), 1):
             out.append({"configuration": r["configuration"], "what": f"fold {i} of {len(folds)}", "PSNR, dB": f"{psnr:.2f}", "L1": f"{l1:.4f}", "gain": "", "photos": str(n), "study": f"fold {i}" if not study and i <= 3 else ""})
         out.append({"configuration": r["configuration"], "what": "mean over photos ± sd over folds", "PSNR, dB": value_text(r, "psnr"), "L1": value_text(r), "gain": "", "photos": f"{r['photos']}", "study": ""})
-        made = _ensemble_row(r["configuration"], next((o for o in runs_of(results, r["configuration"]) if o["metrics"].get("ensemble")), runs_of(results, r["configuration"])[0]))
-        out.append(made | dict(study="" if study else made["study"]))
+        last = _ensemble_row(r["configuration"], next((o for o in runs_of(results, r["configuration"]) if o["metrics"].get("ensemble")), runs_of(results, r["configuration"])[0]))
+        out.append(last | dict(study="" if study else last["study"]))
         study.add(r["configuration"])
     return pd.DataFrame(out), "Each fold's PSNR is of the photos that it held out, so folds differ by their photos as well as by their models. What the study prints for its folds and its ensemble was expected, never measured."
 
