@@ -194,7 +194,7 @@ def _entries(jobs: dict) -> dict: # run to its entry; the report is 'compare'
     "All jobs of a study."
     return {**jobs["runs"], **({"compare": jobs["report"]} if jobs["report"] else {})}
 
-# %% ../../nbs/runs/07_slurm.ipynb #92b20368
+# %% ../../nbs/runs/07_slurm.ipynb #101fe357
 _BEGIN = "autohdr: begin"
 _WHY = {"JOB REQUEUE": "put back into the queue (scontrol requeue)", "PREEMPTION": "preempted by a job of higher priority", "TIME LIMIT": "ended at its time limit",
         "NODE FAILURE": "the node failed", "": "cancelled (scancel)"}
@@ -211,8 +211,8 @@ def last_words(
             text = f.read().decode(errors="replace").rpartition(_BEGIN)[2]
     except OSError: return ""
     if re.search(r"oom.kill|out.of.memory handler", text, re.I): return _STATES["OUT_OF_MEMORY"]
-    found = re.findall(r"\*\*\* (?:JOB|STEP) \S+ ON \S+ CANCELLED AT \S+(?: DUE TO ([A-Z ]+?))? \*\*\*", text)
-    if found: return _WHY.get(found[-1], f"ended due to {found[-1].lower()}")
+    found = re.findall(r"\*\*\* (?:JOB|STEP) \S+ ON \S+ CANCELLED AT \S+(?: DUE TO ([A-Z ]+)[^*]*)? \*\*\*", text)
+    if found: return _WHY.get(found[-1].strip(), f"ended due to {found[-1].strip().lower()}")
     killed = re.findall(r"srun: error: \S+ task \d+: (Killed|Terminated|Aborted|Segmentation fault|Bus error)", text)
     return f"the job's process ended by a signal ({killed[-1]})" if killed else ""
 
@@ -286,14 +286,19 @@ def job_states(
     if ended: _note(folder, ended)
     return pd.DataFrame(rows, columns=["run", "job", "slurm_state", "reason", "node", "log"])
 
-# %% ../../nbs/runs/07_slurm.ipynb #6d22e1c8
+# %% ../../nbs/runs/07_slurm.ipynb #08b3a67e
 def _over(folder: Path, run: str, entry: dict, state: str, reason: str) -> str: # why, in words
     "Settle the run of a job that is over."
     words = how_ended(state, entry["log"], bool(entry.get("cancelled")))
     settle(folder/run, entry["job"], words, "terminated" if state in ("CANCELLED", "TIMEOUT") else "died")
-    if (folder/run/"status.json").exists() or state == "COMPLETED" or entry.get("cancelled"): return words
+    if _began(folder/run, entry["job"]) or state == "COMPLETED" or entry.get("cancelled"): return words
     if "Dependency" in reason or (state == "CANCELLED" and not words): return "never started: a run that it needs did not end well"
     return words or _tail(entry["log"]) or reason
+
+def _began(run_dir: Path, job: str) -> bool:
+    "Is what stands in the run's status.json the doing of this job?"
+    try: return (json.loads((run_dir/"status.json").read_text(encoding="utf-8")).get("job") or {}).get("id") == job
+    except (FileNotFoundError, ValueError): return False
 
 def _tail(log) -> str:
     "The last line of a job that failed before its notebook began."
@@ -303,9 +308,7 @@ def _tail(log) -> str:
 
 def _alive(run_dir: Path, job: str) -> bool:
     "Does a run of this job show signs of life, whatever SLURM says?"
-    try: status = read_status(run_dir)
-    except AutohdrError: return False
-    return status["state"] == "running" and (status.get("job") or {}).get("id") == job
+    return _began(run_dir, job) and read_status(run_dir)["state"] == "running"
 
 def _note(folder, ended: dict):
     "Keep the final states of jobs."
@@ -371,7 +374,7 @@ def requeue(
         return status["exit_code"]
     return 0
 
-# %% ../../nbs/runs/07_slurm.ipynb #30db44af
+# %% ../../nbs/runs/07_slurm.ipynb #bb3ae0e0
 def work(
     folder: str, # of the study
     run: str,
@@ -384,6 +387,7 @@ def work(
     from autohdr.runs.study import run_task
     os.environ["AUTOHDR_GRACE"] = str(max(5, warning*2//3)) # the rest is for the report and the queue
     job, code, run_dir = this_job(), 0, Path(folder)/run
+    for half in Path(os.environ.get("SUBMITIT_FOLDER", "/none")).glob(f"{job}_*.save_tmp"): half.unlink() # submitit would stumble over what it was killed at
     entry = read_jobs(folder)["runs"].get(run, {})
     settle(run_dir, job, last_words(entry.get("log", "")) or "the job was started again", lag=0) # how the attempt before ended
     print(f"{_BEGIN} {run}, job {job}, restart {os.environ.get('SLURM_RESTART_COUNT', 0)}", flush=True)
@@ -497,7 +501,7 @@ def _submit_report(study, profile: dict, place: Path, after: list, old: str):
     sent = _send(place, options, profile, report, [str(study.folder)])[0]
     with _changing(study.folder) as known: known["report"] = dict(job=sent.job_id, token=place.name, log=str(sent.paths.stdout), submitted=now(), profile=profile["file"])
 
-# %% ../../nbs/runs/07_slurm.ipynb #29c05431
+# %% ../../nbs/runs/07_slurm.ipynb #ffb85c52
 _STUCK = re.compile("Held|launch failed|BadConstraints|Invalid|PartitionTimeLimit|PartitionNodeLimit|PartitionDown|NeverSatisfied|MaxMemPerLimit|MaxCpuPerLimit|AssocMax.*PerJob|QOSMax.*PerJob", re.I)
 
 def _line(folder: Path, row) -> str:
@@ -525,7 +529,10 @@ def wait(
         left = states[~states.slurm_state.isin(OVER)]
         if not len(left): return states
         _give_up(left, begin, seconds, heard := heard if (left.slurm_state == "UNREACHABLE").any() else time.monotonic(), patience)
-        time.sleep(every)
+        try: time.sleep(every)
+        except KeyboardInterrupt:
+            show(f"The jobs go on. `autohdr board {folder.name}` shows them, `autohdr cancel {folder.name}` ends them.")
+            raise
 
 def _give_up(left: pd.DataFrame, begin: float, seconds, heard: float, patience: float):
     "Raise where waiting is of no use."
