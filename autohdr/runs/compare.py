@@ -41,7 +41,7 @@ def read_plan(
     if not runs: raise AutohdrError(f"{folder} is no study: it has neither a study.json nor folders of runs.")
     return dict(name=folder.name, about="", tables=[], tables_of={}, runs=runs, planned=False)
 
-# %% ../../nbs/runs/09_compare.ipynb #d0bb1d04
+# %% ../../nbs/runs/09_compare.ipynb #ef467b2e
 def _json(file: Path) -> dict:
     "A JSON file; nothing where there is none."
     try: return json.loads(file.read_text(encoding="utf-8"))
@@ -50,6 +50,13 @@ def _json(file: Path) -> dict:
 def _csv(file: Path) -> pd.DataFrame:
     "A table of scores; a score may be missing: no window, no score in it."
     return pd.read_csv(file, dtype={"name": str, "property": str}, keep_default_na=False, na_values=[""]) if file.exists() else pd.DataFrame()
+
+def _of_ensemble(folder: Path) -> pd.DataFrame:
+    "Scores of an ensemble and of its members, by photos that none of them has seen: what photos.csv holds is of the folds' single models."
+    rows = _csv(folder/"ensemble_photos.csv")
+    if rows.empty: return rows
+    rows = rows[rows.tta == (_json(folder/"metrics.json").get("ensemble") or {}).get("tta", rows.tta.iloc[0])]
+    return pd.concat([rows[rows.model == "ensemble"].assign(arm="", seed=0), *(g.assign(arm="mean of its members", seed=i) for i, (m, g) in enumerate(rows.groupby("model", sort=False)) if m != "ensemble")]).drop(columns="model").assign(fold=-1)
 
 def _same(planned: dict, found: dict) -> list: # names
     "The planned parameters that a run was not given; one that names another run's file is that file by now."
@@ -70,10 +77,12 @@ def read_run(
         other = _same(out["parameters"], found)
         out |= dict(state=status["state"], status=status, parameters=found, why="" if status["state"] == "complete" else status.get("reason") or status["state"])
         if other: out |= dict(state="changed", why=f"it has other parameters than planned ({', '.join(other)}): not a run of this plan")
-        out |= dict(metrics=_json(folder/"metrics.json"), memory=_json(folder/"memory.json"), history=_csv(folder/"history.csv"),
+        out |= dict(metrics=_json(folder/"metrics.json"), memory=_json(folder/"memory.json") or _json(folder/"fold_0"/"memory.json"), history=_csv(folder/"history.csv"),
                     scores=_csv(folder/"scores.csv") if (folder/"scores.csv").exists() else _csv(folder/"photos.csv"), baselines=_csv(folder/"baselines.csv"),
                     changes=hashlib.sha256((folder/"changes.diff").read_bytes()).hexdigest()[:8] if (folder/"changes.diff").exists() else "")
+        if "members" in found: out["scores"] = _of_ensemble(folder)
     except (AutohdrError, OSError, ValueError, yaml.YAMLError) as e: return out | dict(state="unreadable", why=f"a file of it can't be read: {e}")
+    if not out["why"] and out["scores"].empty and "members" in found: out["why"] = "its ensemble was judged by no photo, since its folds kept none out of all of them (holdout)"
     if not out["why"] and out["scores"].empty: out["why"] = "it is complete, and has no scores per photo (photos.csv)"
     return out
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STUDY', 'RULES', 'TABLES', 'study_figures', 'beside', 'value_text', 'runs_of', 'judged_by', 'comparable', 'rows_for',
            'plain_run', 'nominal', 'memory_text', 'seconds_per_epoch', 'resolution', 'verdict', 'study_model', 'models',
-           'loss_of', 'losses', 'arm_rows', 'pre_post', 'cleaning', 'folds_of', 'ensemble', 'study_tables',
+           'loss_of', 'losses', 'arm_rows', 'pre_post', 'cleaning', 'folds_of', 'ensembled', 'ensemble', 'study_tables',
            'show_table']
 
 # %% ../../nbs/runs/12_tables.ipynb #e4021162
@@ -159,7 +159,7 @@ def plain_run(results: Results, row: dict) -> bool:
     "Whether a row is of one training (or one per fold), and not an arm of a study in one notebook."
     return row["configuration"] in set(results.runs.configuration) and "model" in runs_of(results, row["configuration"])[0]["parameters"]
 
-# %% ../../nbs/runs/12_tables.ipynb #eca9c513
+# %% ../../nbs/runs/12_tables.ipynb #db024a3a
 def nominal(
     results: Results,
     configuration: str,
@@ -177,7 +177,7 @@ def memory_text(one: dict) -> tuple: # (predicted, measured)
     "Peak of memory, as text."
     memory, cost = one["memory"], one["status"].get("cost") or {}
     gib = lambda v: f"{v/2**30:.2f} GiB" if isinstance(v, (int, float)) and np.isfinite(v) else "–"
-    predicted = memory.get("predicted")
+    predicted = memory.get("peak")
     measured = memory.get("measured") or cost.get("gpu_memory")
     return gib(predicted), gib(measured) if measured else gib(cost.get("peak_memory")) + (" (whole process)" if cost.get("peak_memory") else "")
 
@@ -321,41 +321,54 @@ def cleaning(results: Results, summary: pd.DataFrame): # (rows as texts, note)
     "Section 6.2: whether cleaning helps."
     return arm_rows(results, summary, "raw", dict(cleaned="cleaned")), "On all held-out photos, faulty ones among them; the run's own report also judges by those that the rules keep. Less is better. The study gives an expectation."
 
-# %% ../../nbs/runs/12_tables.ipynb #f4db8dfd
+# %% ../../nbs/runs/12_tables.ipynb #12af24d7
 def folds_of(results: Results, configuration: str) -> dict: # fold to (mean PSNR, mean L1, photos)
-    "Scores of each fold."
+    "Scores of each fold; a run that puts folds together says them in its metrics."
+    one = runs_of(results, configuration)[0]
+    if "members" in one["parameters"]: return {int(k): (s["psnr"], s["l1"], s["n"]) for k, s in (one["metrics"].get("folds") or {}).items()}
     rows = results.scores[results.scores.configuration == configuration]
     means = rows.groupby(["fold", "name"])[["psnr", "l1"]].mean()
     return {k: (g.psnr.mean(), g.l1.mean(), len(g)) for k, g in means.groupby("fold") if k >= 0}
 
-def _ensemble_row(configuration: str, one: dict) -> dict:
+def _ensemble_row(configuration: str, made: dict) -> dict:
     "The ensemble of a cross-validation, or that there is none."
-    made = one["metrics"].get("ensemble")
-    if not made: return {"configuration": configuration, "what": "ensemble", "PSNR, dB": "–", "L1": "–", "gain": "not made by these runs", "photos": "–", "study": ""}
-    single, gain = made.get("single") or {}, ""
-    if "psnr" in single: gain = f"{made['psnr'] - single['psnr']:+.2f} dB, L1 {made['l1'] - single['l1']:+.4f} against the mean of its members on the same photos ({single['psnr']:.2f} dB)"
-    return {"configuration": configuration, "what": f"ensemble of {len(made.get('members', [])) or 'all'} models", "PSNR, dB": f"{made['psnr']:.2f}", "L1": f"{made['l1']:.4f}", "gain": gain or "not known: its members were not scored on the same photos",
-            "photos": f"{made.get('photos', made.get('n', '–'))} ({made['about']})" if made.get("about") else f"{made.get('photos', made.get('n', '–'))}", "study": "ensemble"}
+    if not made: return {"configuration": configuration, "what": "ensemble", "PSNR, dB": "–", "L1": "–", "gain": "not made, or judged by no photo that was kept out of all folds", "photos": "–", "study": "ensemble"}
+    single, se = made.get("single") or {}, made.get("gain_se") or {}
+    error = lambda score: f" ± {se[score]:.{digits(score)}f}" if se.get(score) is not None else ""
+    gain = (f"{made['psnr'] - single['psnr']:+.2f}{error('psnr')} dB, L1 {made['l1'] - single['l1']:+.4f}{error('l1')} against the mean of its members on the same photos ({single['psnr']:.2f} dB, {single['l1']:.4f})"
+            if single else "not known: its members were not scored on the same photos")
+    return {"configuration": configuration, "what": f"ensemble of {len(made.get('members', [])) or 'all'} models", "PSNR, dB": f"{made['psnr']:.2f}", "L1": f"{made['l1']:.4f}", "gain": gain,
+            "photos": str(made.get("about") or made.get("photos") or made.get("n", "–")), "study": "ensemble"}
+
+# %% ../../nbs/runs/12_tables.ipynb #e7c8a208
+def ensembled(
+    results: Results,
+    rows: list, # from `rows_for`
+) -> list: # of rows
+    "What table 6.4 is about: configurations with an ensemble if there are any; else those with folds, where the plan asks for the table."
+    made = lambda r: any(o["metrics"].get("ensemble") or "members" in o["parameters"] for o in runs_of(results, r["configuration"]) if o["state"] == "complete")
+    asked = "ensemble" in (results.plan.get("tables") or []) or any(p.split("-")[0] in _PARTS["ensemble"] for p in results.plan.get("tables_of", {}).values() if p)
+    rows = [r for r in rows if runs_of(results, r["configuration"]) and r["configuration"] in set(results.runs.configuration)]
+    return [r for r in rows if made(r)] or (rows if asked else [])
 
 def ensemble(
     results: Results,
     summary: pd.DataFrame, # from `compare.table`
 ): # (rows as texts, note)
     "Table 6.4."
-    out, study = [], set()
-    rows = [r for r in rows_for(results, summary, "ensemble")]
-    made = {r["configuration"] for r in rows if any(o["metrics"].get("ensemble") for o in runs_of(results, r["configuration"]))}
-    asked = "ensemble" in (results.plan.get("tables") or []) or any(p.split("-")[0] in _PARTS["ensemble"] for p in results.plan.get("tables_of", {}).values() if p)
-    for r in rows if asked else [r for r in rows if r["configuration"] in made]: # folds without an ensemble stand in the headline
-        folds = folds_of(results, r["configuration"]) if "l1" in r and plain_run(results, r) else {}
+    out = []
+    for r in ensembled(results, rows_for(results, summary, "ensemble")):
+        name, folds, first = r["configuration"], folds_of(results, r["configuration"]), not out
         if len(folds) < 2: continue
-        for i, (k, (psnr, l1, n)) in enumerate(folds.items(), 1):
-            out.append({"configuration": r["configuration"], "what": f"fold {i} of {len(folds)}", "PSNR, dB": f"{psnr:.2f}", "L1": f"{l1:.4f}", "gain": "", "photos": str(n), "study": f"fold {i}" if not study and i <= 3 else ""})
-        out.append({"configuration": r["configuration"], "what": "mean over photos ± sd over folds", "PSNR, dB": value_text(r, "psnr"), "L1": value_text(r), "gain": "", "photos": f"{r['photos']}", "study": ""})
-        last = _ensemble_row(r["configuration"], next((o for o in runs_of(results, r["configuration"]) if o["metrics"].get("ensemble")), runs_of(results, r["configuration"])[0]))
-        out.append(last | dict(study="" if study else last["study"]))
-        study.add(r["configuration"])
-    return pd.DataFrame(out), "Each fold's PSNR is of the photos that it held out, so folds differ by their photos as well as by their models. What the study prints for its folds and its ensemble was expected, never measured."
+        for i, (psnr, l1, n) in enumerate(folds.values(), 1):
+            out.append({"configuration": name, "what": f"fold {i} of {len(folds)}", "PSNR, dB": f"{psnr:.2f}", "L1": f"{l1:.4f}", "gain": "", "photos": str(n), "study": f"fold {i}" if first and i <= 3 else ""})
+        table = pd.DataFrame(folds.values(), columns=["psnr", "l1", "n"])
+        mean = lambda score: value_text({score: np.average(table[score], weights=table.n), f"{score}_sd": table[score].std()}, score)
+        out.append({"configuration": name, "what": "mean over photos ± sd over folds", "PSNR, dB": mean("psnr"), "L1": mean("l1"), "gain": "", "photos": str(table.n.sum()), "study": ""})
+        last = _ensemble_row(name, next((o["metrics"]["ensemble"] for o in runs_of(results, name) if o["metrics"].get("ensemble")), {}))
+        out.append(last | dict(study="ensemble" if first else ""))
+    return pd.DataFrame(out), ("Each fold's PSNR is of the photos that it held out, so folds differ by their photos as well as by their models, and the ensemble's is of photos that were kept out of all folds: only its gain compares like with like "
+                               "(± standard error over photos). What the study prints for its folds and its ensemble was expected, never measured.")
 
 # %% ../../nbs/runs/12_tables.ipynb #9c2936f3
 TABLES = {"models": ("Models (table 6.1)", models), "resolution": ("Resolution (table 3.1)", resolution), "losses": ("Losses (table 4.3)", losses), "pre_post": ("Before and after the model (table 5.2)", pre_post),
