@@ -96,7 +96,7 @@ def _report(study: Study) -> Task:
     "The report's job, as if it were a run."
     return judge(Task(Spec(Path("compare.ipynb"), study.name, "compare", {}, "compare"), study.folder/"compare", "", []), parameters=False)
 
-# %% ../../nbs/runs/08_board.ipynb #6f208ca2
+# %% ../../nbs/runs/08_board.ipynb #1796d0ff
 def _width() -> int:
     "Columns of the terminal; 160 in a file."
     return shutil.get_terminal_size((120, 40)).columns if sys.stdout.isatty() else 160
@@ -112,7 +112,8 @@ def lines_of(
     texts = table.astype(str).replace("\n", " ", regex=True)
     texts = texts[[c for c in texts if (texts[c] != "").any()]]
     wide = {c: min(max(len(c), *texts[c].str.len()), 52) for c in texts}
-    lines = ["  ".join(_cut(row[c], wide[c]).ljust(wide[c]) if i < len(wide) - 1 else row[c] for i, c in enumerate(wide)) for row in [{c: c for c in wide}, *texts.to_dict("records")]]
+    rows, last = [{c: c for c in wide}, *texts.to_dict("records")], list(wide)[-1]
+    lines = ["  ".join(row[c] if c == last else _cut(row[c], wide[c]).ljust(wide[c]) for c in wide) for row in rows]
     return [_cut(line, width).rstrip() for line in lines]
 
 def counts_of(states) -> str: # such as "3 complete, 1 running"

@@ -16,7 +16,7 @@ from .page import duration, render
 from .status import _gpus, now, read_status, write_status
 from .study import Study, Task, judge, load_study, only_pool, pool_of, run_task, set_aside, write_study
 
-# %% ../../nbs/runs/11_pool.ipynb #90f467e9
+# %% ../../nbs/runs/11_pool.ipynb #2c33a8d3
 # jsonschema compiles 38 grammars when it is imported, 1.5 s of every run, for formats that no notebook has; it does without where the package is missing.
 _RUNNER = "import sys; sys.modules['rfc3987_syntax'] = None; from autohdr.runs.pool import run_one; sys.exit(run_one(*sys.argv[1:]))"
 
@@ -33,7 +33,8 @@ def run_one(
 
 def _slot_gpu(slot: int, task: Task) -> dict:
     "With several GPUs, runs that take one each get one of their own."
-    visible = [g for g in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if g] if "CUDA_VISIBLE_DEVICES" in os.environ else [str(i) for i in range(len(_gpus()))]
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = [str(i) for i in range(len(_gpus()))] if given is None else [g for g in given.split(",") if g]
     takes = max(task.spec.parameters.get("processes") or 1, int(task.spec.resources.get("gpus", 1)))
     return {"CUDA_VISIBLE_DEVICES": visible[slot % len(visible)]} if len(visible) > 1 and takes == 1 else {}
 
@@ -43,7 +44,8 @@ def _start(study: Study, task: Task, slot: int, jobs: int) -> subprocess.Popen:
     env = {"OMP_NUM_THREADS": str(max(1, cores // jobs)), **os.environ, **_slot_gpu(slot, task), "AUTOHDR_PARENT": str(os.getpid())}
     (study.folder/"_logs").mkdir(exist_ok=True)
     with open(study.folder/"_logs"/f"{task.name}.txt", "w", encoding="utf-8") as log:
-        return subprocess.Popen([sys.executable, "-c", _RUNNER, str(study.folder), task.name], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, start_new_session=True)
+        command = [sys.executable, "-c", _RUNNER, str(study.folder), task.name]
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, start_new_session=True)
 
 # %% ../../nbs/runs/11_pool.ipynb #ad879867
 @dataclass
@@ -73,13 +75,15 @@ def _end_kernel(status: dict):
         kill_group(kernel.pid)
         kernel.wait(10)
 
-# %% ../../nbs/runs/11_pool.ipynb #18dafd52
+# %% ../../nbs/runs/11_pool.ipynb #b00482c7
 def _blank(task: Task) -> dict:
     "The status of a run that never began, with the parameters that it would have had."
     spec = task.spec
-    write_text(task.folder/"params.yaml", yaml.safe_dump(dict(notebook=str(spec.notebook), study=spec.study, about=spec.about, parameters=spec.parameters), sort_keys=False, allow_unicode=True))
-    return dict(study=spec.study, run=spec.run, error=None, attempt=1, attempts=[], started=now(), pid=None, host=socket.gethostname(), kernel_pid=None, cell=None, cells=None,
-                notebook=str(spec.notebook), recipe=spec.recipe, axes=spec.axes, inputs=None, cost=None, overrides=spec.overrides, smoke=spec.smoke, command="", git={}, environment={})
+    params = dict(notebook=str(spec.notebook), study=spec.study, about=spec.about, parameters=spec.parameters)
+    write_text(task.folder/"params.yaml", yaml.safe_dump(params, sort_keys=False, allow_unicode=True))
+    return dict(study=spec.study, run=spec.run, error=None, attempt=1, attempts=[], started=now(), pid=None, host=socket.gethostname(),
+                kernel_pid=None, cell=None, cells=None, notebook=str(spec.notebook), recipe=spec.recipe, axes=spec.axes, inputs=None, cost=None,
+                overrides=spec.overrides, smoke=spec.smoke, command="", git={}, environment={})
 
 def record(
     task: Task,
@@ -97,24 +101,26 @@ def record(
 
 def _last_words(study: Study, task: Task) -> str:
     "The last line that a run's process has said."
-    with contextlib.suppress(OSError): return ([line for line in (study.folder/"_logs"/f"{task.name}.txt").read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()] or [""])[-1]
+    with contextlib.suppress(OSError):
+        text = (study.folder/"_logs"/f"{task.name}.txt").read_text(encoding="utf-8", errors="replace")
+        return text.strip().split("\n")[-1]
     return ""
 
-# %% ../../nbs/runs/11_pool.ipynb #1b83cfe3
+# %% ../../nbs/runs/11_pool.ipynb #71416d48
 def _account(study: Study, child: Child) -> str: # the state
     "Make sure that status.json says how a run has ended."
     from autohdr.runs.execute import _cause, _oom_kills
     code, task, status, seconds = child.popen.returncode, child.task, _own_status(child), time.monotonic() - child.begun
-    if status and status["state"] != "running":
-        if child.asked == "Cancelled" and status["state"] == "terminated": record(task, "terminated", f"{child.asked}: {status['reason']}", status["exit_code"], status["seconds"])
-        return judge(task, read=False).state
-    if code == 0: return judge(task, read=False).state # there was nothing to do
-    _end_kernel(status)
-    at = f"at cell {status['cell']} of {status['cells']}" if status.get("cell") else "before the notebook started"
-    code = 128 - code if code < 0 else code
-    if child.asked: record(task, "terminated", f"{child.asked}, {at}.", code, seconds)
-    elif child.popen.returncode < 0: record(task, "died", f"The process of the run died {at} ({_cause(child.popen.returncode, _oom_kills() - child.ooms)}).", code, seconds)
-    else: record(task, "failed", f"The run could not go on {at}: {_last_words(study, task) or f'exit code {code}'}", code, seconds)
+    if status and status["state"] != "running": # it could say so itself
+        if child.asked == "Cancelled" and status["state"] == "terminated":
+            record(task, "terminated", f"Cancelled: {status['reason']}", status["exit_code"], status["seconds"])
+    elif code != 0: # else there was nothing to do
+        _end_kernel(status)
+        at = f"at cell {status['cell']} of {status['cells']}" if status.get("cell") else "before the notebook started"
+        if child.asked: state, reason = "terminated", f"{child.asked}, {at}."
+        elif code < 0: state, reason = "died", f"The process of the run died {at} ({_cause(code, _oom_kills() - child.ooms)})."
+        else: state, reason = "failed", f"The run could not go on {at}: {_last_words(study, task) or f'exit code {code}'}"
+        record(task, state, reason, 128 - code if code < 0 else code, seconds)
     return judge(task, read=False).state
 
 # %% ../../nbs/runs/11_pool.ipynb #a58ba787
@@ -131,7 +137,7 @@ class Pool:
 
     def left(self) -> str: return f"{len(self.waiting) + len(self.children)} left"
 
-# %% ../../nbs/runs/11_pool.ipynb #79f101de
+# %% ../../nbs/runs/11_pool.ipynb #84c77c5c
 def _heed(pool: Pool):
     "Pass a signal on to every run, once; a second one kills."
     if not pool.signals: return
@@ -155,9 +161,10 @@ def _reap(pool: Pool):
         if again := state == "died" and child.tries <= pool.retries and not pool.signals and not child.asked: pool.waiting.insert(0, task)
         else: pool.ended[task.name] = state, task.why
         took, shown = duration(time.monotonic() - child.begun), _result(task) if state == "complete" else f"  {task.why}"
-        pool.say(f"{state:10}  {task.name}{shown}  {took}; {f'is tried again ({child.tries} of {pool.retries})' if again else pool.left()}")
+        then = f"is tried again ({child.tries} of {pool.retries})" if again else pool.left()
+        pool.say(f"{state:10}  {task.name}{shown}  {took}; {then}")
 
-# %% ../../nbs/runs/11_pool.ipynb #4df83aed
+# %% ../../nbs/runs/11_pool.ipynb #5743ec48
 def _ready(pool: Pool):
     "The first run that may start now; those that never will are put down as such."
     by_name = {t.name: t for t in pool.study.tasks}
@@ -174,7 +181,8 @@ def _ready(pool: Pool):
         pool.say(f"{'skipped':10}  {task.name}  {task.why}; {pool.left()}")
         return _ready(pool)
 
-_IS = dict(new="was not started", changed="was not made anew", failed="failed", died="died", terminated="was terminated", paused="is paused", running="is running elsewhere")
+_IS = dict(new="was not started", changed="was not made anew", failed="failed", died="died", terminated="was terminated",
+           paused="is paused", running="is running elsewhere")
 
 def _fill(pool: Pool):
     "Start runs while there is room."
@@ -191,7 +199,7 @@ def _fill(pool: Pool):
         pool.children.append(Child(task, _start(pool.study, task, slot, pool.jobs), slot, time.monotonic(), pool.tries[task.name], _oom_kills()))
         pool.say(f"{verb:10}  {task.name} ({pool.total - len(pool.waiting)} of {pool.total}){aside}")
 
-# %% ../../nbs/runs/11_pool.ipynb #e72a4796
+# %% ../../nbs/runs/11_pool.ipynb #52ffb586
 def _far(task: Task) -> str:
     "How far a run is."
     p = progress_of(task)
@@ -201,9 +209,10 @@ def _tell(pool: Pool, every: float):
     "A line on how things stand, once in a while."
     if time.monotonic() - pool.told < every: return
     pool.told = time.monotonic()
-    pool.say(f"{pool.total - len(pool.waiting) - len(pool.children)} of {pool.total} done; running: {', '.join(_far(c.task) for c in pool.children) or 'none'}; {len(pool.waiting)} wait")
+    done = pool.total - len(pool.waiting) - len(pool.children)
+    pool.say(f"{done} of {pool.total} done; running: {', '.join(_far(c.task) for c in pool.children) or 'none'}; {len(pool.waiting)} wait")
 
-# %% ../../nbs/runs/11_pool.ipynb #9b832594
+# %% ../../nbs/runs/11_pool.ipynb #73e8e346
 def _cancelled(pool: Pool):
     "Heed what `autohdr cancel` asks for."
     asked = {f.name for f in (pool.study.folder/"_cancel").glob("*")}
@@ -235,7 +244,8 @@ def cancel(
     (study.folder/"_cancel").mkdir(exist_ok=True)
     for task in chosen: (study.folder/"_cancel"/task.name).touch() if pool else _end_alone(task)
     end = time.monotonic() + wait
-    while time.monotonic() < end and any((study.folder/"_cancel"/t.name).exists() or judge(t, read=False).state == "running" for t in chosen): time.sleep(.2)
+    going = lambda task: (study.folder/"_cancel"/task.name).exists() or judge(task, read=False).state == "running"
+    while time.monotonic() < end and any(map(going, chosen)): time.sleep(.2)
     for task in chosen: judge(task, read=False)
     return chosen
 

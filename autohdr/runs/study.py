@@ -6,13 +6,14 @@
 __all__ = ['find_study', 'read_study', 'Task', 'Study', 'judge', 'plan', 'plan_table', 'write_study', 'load_study', 'find_folder',
            'set_aside', 'run_task', 'pool_of', 'only_pool', 'finish']
 
-# %% ../../nbs/runs/06_study.ipynb #18c85c4c
+# %% ../../nbs/runs/06_study.ipynb #65b5de4f
 import contextlib, fcntl, graphlib, itertools, json, os, re, socket, time
 from dataclasses import dataclass, field
 from pathlib import Path
 import pandas as pd, yaml
 from ..core import AutohdrError, check_name, write_json
-from .spec import Spec, find_recipe, from_json, inputs, is_path, make_spec, parse_override, read_parameters, read_recipe, resolve_paths, check_value, shipped, to_json
+from .spec import Spec, check_value, find_recipe, from_json, inputs, is_path, make_spec, parse_override, read_parameters
+from .spec import read_recipe, resolve_paths, shipped, to_json
 from .status import now, read_status
 
 # %% ../../nbs/runs/06_study.ipynb #21db2231
@@ -38,9 +39,10 @@ def find_study(
     if path.suffix not in (".yaml", ".yml") and len(path.parts) == 1: return known[check_name(str(study), known, "study")]
     raise AutohdrError(f"There is no study file {path.absolute()}. Shipped ones: {', '.join(known)}.")
 
-# %% ../../nbs/runs/06_study.ipynb #38de60bf
+# %% ../../nbs/runs/06_study.ipynb #dee0d4c1
 _RUN = dict(recipe=(str, "a recipe's name or file"), parameters=(dict, "lines such as 'epochs: 5'"), label=((str, int, float), "a text"),
-            grid=(dict, "parameters with a list of values, or with names and values, each"), folds=(int, "a whole number"), seeds=(list, "a list of whole numbers"))
+            grid=(dict, "parameters with a list of values, or with names and values, each"), folds=(int, "a whole number"),
+            seeds=(list, "a list of whole numbers"))
 _TABLES = ("models", "resolution", "losses", "pre_post", "cleaning", "ensemble") # those of autohdr.runs.tables, which takes seconds to import
 _TAKEN = ("compare", "study.json", "jobs.json", "pool.json", "report.html") # what else lies in a study's folder
 _STUDY = {k: v for k, v in _RUN.items() if k != "label"} | dict(about=(str, "a text"), runs=((dict, list), "runs by name, or a list of recipes"), include=(list, "a list of studies"),
@@ -58,12 +60,14 @@ def _check_keys(content: dict, kinds: dict, where: str) -> dict: # without the e
 def _check_axes(content: dict, where: str):
     "Grid, seeds and folds of a file or of a run."
     for name, values in content.get("grid", {}).items():
-        if not isinstance(values, (list, dict)) or not values: raise AutohdrError(f"{where}: 'grid' must give '{name}' a list of values or names with values, not {values!r}.")
+        if isinstance(values, (list, dict)) and values: continue
+        raise AutohdrError(f"{where}: 'grid' must give '{name}' a list of values or names with values, not {values!r}.")
     seeds, folds = content.get("seeds", []), content.get("folds", 0)
-    if any(not isinstance(s, int) or isinstance(s, bool) for s in seeds) or len(set(seeds)) < len(seeds): raise AutohdrError(f"{where}: 'seeds' must be different whole numbers, not {seeds!r}.")
+    if any(type(s) is not int for s in seeds) or len(set(seeds)) < len(seeds):
+        raise AutohdrError(f"{where}: 'seeds' must be different whole numbers, not {seeds!r}.")
     if folds < 0 or folds == 1: raise AutohdrError(f"{where}: 'folds' is {folds}; expected 2 or more, or 0 for none.")
 
-# %% ../../nbs/runs/06_study.ipynb #a20d2294
+# %% ../../nbs/runs/06_study.ipynb #23797545
 def _named_runs(content: dict) -> dict: # name to what the file says of the run
     "Runs by name, whichever way the file lists them."
     runs = content.get("runs")
@@ -85,9 +89,11 @@ def read_study(
     instead = content.pop("smoke", {})
     if isinstance(instead, dict) and smoke: content |= _check_keys(instead, {k: v for k, v in _STUDY.items() if k != "smoke"}, f"{file}, smoke")
     runs = {name: _check_keys(run, _RUN, f"{file}, run {name}") for name, run in _named_runs(content).items()}
-    for part, where in ((content, str(file)), *((run, f"{file}, run {name}") for name, run in runs.items())): _check_axes(part, where)
+    _check_axes(content, str(file))
+    for name, run in runs.items(): _check_axes(run, f"{file}, run {name}")
     for table in content.get("tables", []): check_name(str(table), _TABLES, f"table in {file}:")
-    if taken := [n for n in runs if n in _TAKEN]: raise AutohdrError(f"{file}: a run can't have the name '{taken[0]}', which the study's folder has for something else.")
+    if taken := [n for n in runs if n in _TAKEN]:
+        raise AutohdrError(f"{file}: a run can't have the name '{taken[0]}', which the study's folder has for something else.")
     if not runs and not content.get("include"): raise AutohdrError(f"{file} names no run: it needs 'runs', 'recipe' or 'include'.")
     return content | dict(runs=runs, file=file, name=file.stem, smoke=smoke or instead is True)
 
@@ -267,7 +273,7 @@ def _check_overrides(entries: list, overrides):
     known = {k for entry in {e.recipe: e for e in entries}.values() for k in _declared(entry)}
     for text in overrides: check_name(text.partition("=")[0].strip(), known, "parameter")
 
-# %% ../../nbs/runs/06_study.ipynb #3aefa636
+# %% ../../nbs/runs/06_study.ipynb #95288ab5
 def _plain(value): return json.loads(json.dumps(value, default=str))
 
 def _differences(task: Task, status: dict, read: bool) -> list: # of texts
@@ -275,7 +281,8 @@ def _differences(task: Task, status: dict, read: bool) -> list: # of texts
     try: was = yaml.safe_load((task.folder/"params.yaml").read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError): return ["its params.yaml can't be read"]
     old, new = _plain(was.get("parameters") or {}), _plain(task.spec.parameters)
-    out = [f"{k}: {_text(old[k]) if k in old else 'unknown'} -> {_text(new[k]) if k in new else 'no longer there'}" for k in {**old, **new} if k not in old or k not in new or old[k] != new[k]]
+    differ = [k for k in {**old, **new} if k not in old or k not in new or old[k] != new[k]]
+    out = [f"{k}: {_text(old[k]) if k in old else 'unknown'} -> {_text(new[k]) if k in new else 'no longer there'}" for k in differ]
     if Path(str(was.get("notebook"))).name != task.spec.notebook.name: out.insert(0, f"notebook: {was.get('notebook')} -> {task.spec.notebook}")
     if out or not read or status.get("inputs") is None: return out
     try: digests = inputs(task.spec)
@@ -332,12 +339,12 @@ def plan_table(study: Study) -> pd.DataFrame:
     return pd.DataFrame(dict(run=[t.name for t in study.tasks], recipe=[Path(t.spec.recipe).stem for t in study.tasks], axes=axes,
                              state=[t.state for t in study.tasks], why=[t.why or (f"after {', '.join(t.needs)}" if t.needs else "") for t in study.tasks]))
 
-# %% ../../nbs/runs/06_study.ipynb #ddf46085
+# %% ../../nbs/runs/06_study.ipynb #b1d7856f
 def write_study(study: Study) -> Path: # of study.json
     "Write what every run of a study is."
     runs = [dict(run=t.name, base=t.base, label=t.label, part=t.part, axes=t.spec.axes, needs=t.needs, spec=to_json(t.spec)) for t in study.tasks]
-    return write_json(study.folder/"study.json", dict(name=study.name, about=study.about, file=str(study.file), tables=study.tables, command=study.command,
-                                                      tables_of={t.name: t.part for t in study.tasks}, runs=runs))
+    head = dict(name=study.name, about=study.about, file=str(study.file), tables=study.tables, command=study.command)
+    return write_json(study.folder/"study.json", head | dict(tables_of={t.name: t.part for t in study.tasks}, runs=runs))
 
 def load_study(
     folder, # of the study
