@@ -153,16 +153,16 @@ def gain_words(
     return (f"The ensemble's PSNR is {gain['psnr']:+.2f} dB (standard error {se['psnr']:.2f}) and its L1 {-gain['l1']:+.4f} ({se['l1']:.4f}) against the mean of its {len(told['members'])} members: "
             f"{told['psnr']:.2f} dB and {told['l1']:.4f} on {told['about']}.")
 
-# %% ../../nbs/inference/04_ensemble.ipynb #a562dd91
+# %% ../../nbs/inference/04_ensemble.ipynb #a75966f5
 def ensemble_table(
     folds: pd.DataFrame, # out-of-fold scores, a row per photo: fold, tta, psnr, l1
     judged: pd.DataFrame | None = None, # from `gain`
-) -> pd.DataFrame: # what, photos, then L1 and PSNR, as they are and averaged with the mirror image
+) -> pd.DataFrame: # what, photos, then L1 and PSNR, without and with the mirror image
     "Folds, ensemble and gain."
     def row(what, of, photos=None): # of: function tta -> table or dict with l1, psnr
         found = {tta: of(tta) for tta in (False, True)}
         mean = lambda v, k: float("nan") if v is None or len(v) == 0 else float(v[k].mean()) if isinstance(v, pd.DataFrame) else v[k]
-        return {"what": what, "photos": len(found[False]) if photos is None else photos} | {f"{k}{' flip' if tta else ''}": mean(v, k) for tta, v in found.items() for k in ("l1", "psnr")}
+        return {"what": what, "photos": len(found[False]) if photos is None else photos} | {f"{k}{' mirrored' if tta else ''}": mean(v, k) for tta, v in found.items() for k in ("l1", "psnr")}
     rows = [row(f"fold {k}, out of fold", lambda tta, k=k: folds[(folds.fold == k) & (folds.tta == tta)]) for k in sorted(folds.fold.unique())]
     rows.append(row("all folds, out of fold", lambda tta: folds[folds.tta == tta]))
     if judged is None: return pd.DataFrame(rows)
@@ -171,7 +171,7 @@ def ensemble_table(
     for name in (m for m in judged.model.unique() if m != "ensemble"): rows.append(row(f"{name.replace('member', 'model')}, held out of all", lambda tta, name=name: judged[(judged.model == name) & (judged.tta == tta)]))
     return pd.DataFrame(rows + [row("a single model, held out of all", lambda tta: told[tta]["single"], n), row("ensemble, held out of all", lambda tta: told[tta], n), row("gain", lambda tta: told[tta]["gain"], n)])
 
-# %% ../../nbs/inference/04_ensemble.ipynb #629cd33e
+# %% ../../nbs/inference/04_ensemble.ipynb #c8a8f920
 def join_folds(
     run_dirs, # folders of finished runs of `train`, one per fold
     out, # folder for photos.csv, baselines.csv, history.csv, predictions, metrics.json, ensemble.safetensors
@@ -186,7 +186,7 @@ def join_folds(
     file = make_ensemble(found["files"], out/"ensemble.safetensors", tta=tta)
     held = found["pairs"][found["pairs"].split == "test"] if found["recipe"].holdout else found["pairs"][:0]
     told, scores = measure(file, held.reset_index(drop=True), **judge[0], device=device) if len(held) else (None, None)
-    metrics = crossval_metrics(found["scores"], found["baselines"], judge[0]["size"]) | dict(squash=judge[0]["squash"], ensemble=told)
+    metrics = crossval_metrics(found["scores"], found["baselines"], judge[0]["size"]) | dict(squash=judge[0]["squash"], epochs=int(found["history"].epoch.max()), ensemble=told)
     write_folds(found["scores"], found["baselines"], found["history"], out, found["folders"])
     if told: write_csv(out/"ensemble_photos.csv", scores)
     write_json(out/"metrics.json", metrics)
