@@ -47,7 +47,7 @@ def _start(study: Study, task: Task, slot: int, jobs: int) -> subprocess.Popen:
         command = [sys.executable, "-c", _RUNNER, str(study.folder), task.name]
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, start_new_session=True)
 
-# %% ../../nbs/runs/11_pool.ipynb #ad879867
+# %% ../../nbs/runs/11_pool.ipynb #f4716308
 @dataclass
 class Child:
     "A run while it goes on."
@@ -69,9 +69,10 @@ def _own_status(child: Child) -> dict:
 def _end_kernel(status: dict):
     "Kill the kernel that a killed run has left, and what that started."
     from autohdr.runs.execute import kill_group # here: it takes a second
-    with contextlib.suppress(psutil.Error, TypeError, ValueError):
-        kernel = psutil.Process(status.get("kernel_pid"))
-        if "ipykernel" not in " ".join(kernel.cmdline()): return # another process has its number by now
+    if not status.get("kernel_pid") or status["host"] != socket.gethostname(): return
+    with contextlib.suppress(psutil.Error):
+        kernel = psutil.Process(status["kernel_pid"])
+        if "ahdr-" not in " ".join(kernel.cmdline()): return # another process has its number by now
         kill_group(kernel.pid)
         kernel.wait(10)
 
@@ -106,7 +107,7 @@ def _last_words(study: Study, task: Task) -> str:
         return text.strip().split("\n")[-1]
     return ""
 
-# %% ../../nbs/runs/11_pool.ipynb #71416d48
+# %% ../../nbs/runs/11_pool.ipynb #3bee58e1
 def _account(study: Study, child: Child) -> str: # the state
     "Make sure that status.json says how a run has ended."
     from autohdr.runs.execute import _cause, _oom_kills
@@ -114,7 +115,7 @@ def _account(study: Study, child: Child) -> str: # the state
     if status and status["state"] != "running": # it could say so itself
         if child.asked == "Cancelled" and status["state"] == "terminated":
             record(task, "terminated", f"Cancelled: {status['reason']}", status["exit_code"], status["seconds"])
-    elif code != 0: # else there was nothing to do
+    elif code != 0 and judge(task, read=False).state != "running": # else there was nothing to do, or somebody else is at it
         _end_kernel(status)
         at = f"at cell {status['cell']} of {status['cells']}" if status.get("cell") else "before the notebook started"
         if child.asked: state, reason = "terminated", f"{child.asked}, {at}."
