@@ -385,7 +385,7 @@ def headline_table(
     note = "Mean over photos ± sd over folds. PSNR is the mean of per-photo PSNR; beside it that of the mean squared error of all photos. ↓ less is better, ↑ more is better, ★ best of its group; in italics the baselines, fitted on the same training photos."
     return piece(f"{_STYLE}{several}<div class='scroll tight' style='max-height:none'><table>{head}{''.join(parts)}</table></div><p class='note'>{note}</p>")
 
-# %% ../../nbs/runs/09_compare.ipynb #1797f14d
+# %% ../../nbs/runs/09_compare.ipynb #f1961572
 def differences(
     results: Results,
     to: str, # the configuration that all others are compared with
@@ -422,7 +422,8 @@ def difference_table(changes: pd.DataFrame, to: str):
         shown[f"{METRICS[score].label}, change"] = [signed(v, score) if np.isfinite(v) else "–" for v in changes[f"{score}_mean"]]
         shown[f"{METRICS[score].label}, 95% interval"] = span
     shown = shown.assign(folds=changes.l1_folds.map(lambda n: f"{n:.0f}" if np.isfinite(n) else "–"))
-    shown["L1 in words"] = [w.split("): ", 1)[-1] if np.isfinite(m) else w for w, m in zip(changes.l1_words, changes.l1_mean)]
+    reading = lambda words: words.split("): ", 1)[-1] if "): " in words else words.partition("(")[2].rstrip(")")
+    shown["L1 in words"] = [reading(w) if np.isfinite(m) else w for w, m in zip(changes.l1_words, changes.l1_mean)]
     return wrapping(shown, f"Against {to}. Paired: the same photos in the same folds; the interval allows for training sets that overlap. Where the photos differ there is no difference to tell.")
 
 # %% ../../nbs/runs/09_compare.ipynb #d21aa908

@@ -100,7 +100,7 @@ def parallel(
     figure.update_xaxes(visible=False, range=[-.3, len(dimensions) - .4]).update_yaxes(visible=False, range=[-.03, 1.03])
     return figure.update_layout(margin=dict(l=15, r=40, t=125 + 18*text.count("<br>"), b=15), hovermode="closest")
 
-# %% ../../nbs/runs/11_figures.ipynb #c6a6cf29
+# %% ../../nbs/runs/11_figures.ipynb #2d3d633c
 def _lines(results: Results) -> list: # of (configuration, run and fold, rows, whether it ended)
     "The curves to draw."
     out, states = [], results.runs.set_index("run").why
@@ -128,8 +128,8 @@ def learning_curves(
             drawn.add(configuration)
         figure.update_xaxes(title_text="epoch", tick0=0, dtick=max(1, int(np.ceil(results.history.epoch.max()/6))), row=1, col=place)
         low, high = results.history[column].min(), results.history[column].max()
-        ticks = [float(f"{t:.1g}") for t in np.geomspace(low, high, 5)] if low > 0 else []
-        if low > 0: figure.update_yaxes(type="log", tickvals=ticks, ticktext=[f"{t:g}" for t in ticks], row=1, col=place)
+        ticks = sorted({float(f"{t:.2g}") for t in np.geomspace(low, high, 5)}) if low > 0 else []
+        if low > 0 and high > 3*low: figure.update_yaxes(type="log", tickvals=ticks, ticktext=[f"{t:g}" for t in ticks], row=1, col=place)
     losses = {json.dumps(one["parameters"].get("loss"), sort_keys=True) for run, one in results.found.items() if run in set(results.history.run)}
     title = wrapped("Learning curves, folds and seeds thin" + (", runs that did not end dotted" if not all(line[3] for line in lines) else "") + (". Losses differ between runs: their training curves are no ranking" if len(losses) > 1 else ""))
     room = 22*int(np.ceil(len(names)/2)) + 40
