@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from autohdr.core import AutohdrError, write_csv, write_json
+from autohdr.core import AutohdrError, file_hash, write_csv, write_json
 from autohdr.data.pairs import read_pair, read_pairs, save_pairs
 from autohdr.data.reference import from_json
 from autohdr.enhance import enhance
@@ -70,8 +70,8 @@ def test_every_photo_is_predicted_by_a_model_that_never_saw_it(whole, folder):
     inside, held = pairs[pairs.fold >= 0], pairs[pairs.fold < 0]
     assert len(held) == 3 and set(held.split) == {"test"} and sorted(photos["name"]) == sorted(inside["name"]) and len(pairs) == 12
     for k in range(3):
-        seen = read_metadata(whole / f"fold_{k}/model.safetensors")["trained_on"]["properties"]
-        assert set(seen) == set(inside[inside.fold != k].property), "neither its own fold nor what is held out of all"
+        seen = read_metadata(whole / f"fold_{k}/model.safetensors")["trained_on"]["photos"]
+        assert set(seen) == {file_hash(f)[:16] for f in inside[inside.fold != k].before}, "neither its own fold nor what is held out of all"
     for row in photos.to_dict("records"):  # the pictures are what the scores are of
         pair = pairs.set_index("name", drop=False).loc[row["name"]]
         _, after, _ = read_pair(pair, 64)

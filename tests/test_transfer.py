@@ -4,7 +4,8 @@ import json
 import pytest
 import torch
 
-from autohdr.core import AutohdrError
+from autohdr.core import AutohdrError, file_hash
+from autohdr.data.pairs import save_pairs
 from autohdr.models.zoo import create_model, load_model, save_model
 from autohdr.runs.execute import run
 from autohdr.runs.spec import make_spec
@@ -167,7 +168,7 @@ def test_the_match_report_survives_a_kill_and_the_loss_of_the_file(folder, tmp_p
     tables = start_tables(load_model(tmp_path / "run/model.safetensors"), [], {}, recipe.lr)
     assert len(tables) == 3 and {"grid.head.weight", "grid.head.bias"} <= set(list(tables.values())[1]["name"])
     # what other people's weights have seen is none of these photos; what ours have seen counts
-    assert ("old house" in seen["properties"]) == (kind == ".safetensors") and set(select(pairs, recipe)["train"].property) <= set(seen["properties"])
+    assert ("old house" in seen["properties"]) == (kind == ".safetensors") and {file_hash(f)[:16] for f in select(pairs, recipe)["train"].before} == set(seen["photos"]) - {"0" * 16}
 
 
 def test_a_run_reports_what_it_took_and_what_learns(folder, start_file, tmp_path):
@@ -194,3 +195,19 @@ def test_a_published_checkpoint_says_its_licence(tmp_path, monkeypatch):
     recipe = Recipe(model="restormer", model_config=model.config, init="published:restormer_deraining", freeze=["encoder*"])
     about = state.starting_model(recipe).metadata["transfer"]
     assert about["share"] == 1 and about["init"] == "published:restormer_deraining" and "MIT" in about["licence"]
+
+
+def test_judges_that_trained_the_start_are_named_whatever_their_table_is_called(folder, tmp_path, capsys):
+    """The same photos, once as a folder and once as a table with other splits."""
+    recipe = Recipe(**TINY, pairs=str(folder), epochs=1)
+    pairs, _ = load_pairs(recipe)
+    train(recipe, pairs, tmp_path / "first")
+    trained, fresh = select(pairs, recipe)["train"]["name"].iloc[0], select(pairs, recipe)["test"]["name"].iloc[0]
+    for judge, words in ((trained, f"1 of the 1 photos that judge this run, such as '{trained}'"), (fresh, None)):
+        table = pairs.assign(split=["test" if n == judge else "train" for n in pairs["name"]])
+        file = save_pairs(table, tmp_path / f"{judge}.csv")
+        later = Recipe(**TINY, pairs=str(file), epochs=1, init=str(tmp_path / "first/model.safetensors"))
+        capsys.readouterr()
+        train(later, load_pairs(later)[0], tmp_path / f"on_{judge}")
+        out = capsys.readouterr().out
+        assert (words in out) if words else "careful" not in out

@@ -6,12 +6,12 @@
 __all__ = ['AGREED', 'member_files', 'agreement', 'make_ensemble', 'check_unseen', 'gain', 'gain_summary', 'measure',
            'gain_words', 'ensemble_table', 'join_folds']
 
-# %% ../../nbs/inference/04_ensemble.ipynb #ca057ec7
+# %% ../../nbs/inference/04_ensemble.ipynb #4d83b8d8
 import json
 from functools import partial
 from pathlib import Path
 import pandas as pd, torch
-from ..core import AutohdrError, each, file_hash, write_csv, write_json
+from ..core import AutohdrError, file_hash, write_csv, write_json
 from ..data.reference import from_json, to_json
 from .evaluate import evaluate
 from .predict import predict, training_size
@@ -19,6 +19,7 @@ from ..metrics import METRICS, summarise
 from ..models.ensemble import shares
 from ..models.zoo import create_model, load_model, read_metadata, save_model
 from ..training.crossval import check_finished, collect_folds, crossval_metrics, write_folds
+from ..training.loop import seen_among
 from ..training.state import all_seen
 
 # %% ../../nbs/inference/04_ensemble.ipynb #d6b32716
@@ -86,19 +87,17 @@ def make_ensemble(
     for own, f in zip(model.members, files): own.load_state_dict(load_model(f).state_dict())
     return save_model(model, out, **about)
 
-# %% ../../nbs/inference/04_ensemble.ipynb #1b99229c
+# %% ../../nbs/inference/04_ensemble.ipynb #528dd10e
 def check_unseen(
     model: torch.nn.Module, # an ensemble, or any model
     pairs: pd.DataFrame, # photos to judge it by
 ):
     "An error where a member has learnt from a photo, or from its property, or does not say what it has learnt from."
     members = model.metadata.get("members") or [dict(model.metadata, file="the model")]
-    hashes = each(file_hash, sorted(set(pairs["before"])), "Looking for photos that trained the model")
     for m in members:
         seen = m.get("trained_on") or dict(unknown=[m["file"]])
         if seen["unknown"]: raise AutohdrError(f"{', '.join(seen['unknown'])} does not say which photos it learnt from (an older version trained it), so no photo can be called new to it; train it again")
-        known = [r.name_ for r in pairs.rename(columns={"name": "name_"}).itertuples() if hashes[r.before][:16] in set(seen["photos"]) or r.property in set(seen["properties"])]
-        if known: raise AutohdrError(f"{len(known)} of the {len(pairs)} photos, such as '{known[0]}', trained {m['file']}, or are of a property that did: they can't judge it. With folds, every photo trains all models but one; "
+        if known := seen_among(seen, pairs): raise AutohdrError(f"{len(known)} of the {len(pairs)} photos, such as '{known[0]}', trained {m['file']}, or are of a property that did: they can't judge it. With folds, every photo trains all models but one; "
                                      "keep some out of all folds, with holdout, and judge the ensemble by these")
 
 # %% ../../nbs/inference/04_ensemble.ipynb #1dcced5f

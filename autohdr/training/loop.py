@@ -6,8 +6,8 @@
 __all__ = ['NO_PRETRAINING', 'SAVE_EVERY', 'load_pairs', 'folds_beside_holdout', 'select', 'train_dataset', 'epoch_batches',
            'counts', 'training_terms', 'TrainingDiverged', 'mean_over_photos', 'backward', 'update', 'add_group',
            'train_epoch', 'validate', 'end_epoch', 'epoch_line', 'alike', 'pretrain_recipe', 'pretrain_table',
-           'pretrain', 'first_state', 'remember_look', 'remember_photos', 'pause', 'progress_of', 'run_epoch',
-           'explain', 'train']
+           'pretrain', 'first_state', 'remember_look', 'remember_photos', 'seen_among', 'warn_of_seen', 'pause',
+           'progress_of', 'run_epoch', 'explain', 'train']
 
 # %% ../../nbs/training/02_loop.ipynb #9afa8a6f
 import itertools, math, time
@@ -317,7 +317,7 @@ def first_state(
         model.metadata = {k: v for k, v in model.metadata.items() if k != "transfer"} | {k: told[k] for k in ("transfer",) if k in told} | dict(pretraining=about)
     return state
 
-# %% ../../nbs/training/02_loop.ipynb #e5639c87
+# %% ../../nbs/training/02_loop.ipynb #86aa0569
 def remember_look(
     state: State,
     pairs: pd.DataFrame, # the training split
@@ -332,9 +332,27 @@ def remember_photos(
 ):
     "Put the training photos' digests and their properties into the model's metadata, as `trained_on`, with those of the weights that it started from."
     hashes = each(file_hash, sorted(set(pairs["before"])), "Hashing training photos")
-    own = dict(photos=[h[:16] for h in hashes.values()], properties=list(pairs["property"]), unknown=[])
+    own = dict(photos=[h[:16] for h in hashes.values()], properties=[p for p, n in zip(pairs["property"], pairs["name"]) if p != n], unknown=[]) # a property named after its one photo says no more than the photo
     seen = all_seen([state.model.metadata.get("trained_on", {}), own])
     for model in (state.model, state.ema.module): model.metadata = model.metadata | dict(trained_on=seen)
+
+def seen_among(
+    trained_on: dict, # photos, properties: as in the metadata of a checkpoint
+    pairs: pd.DataFrame,
+) -> list: # of names
+    "Pairs that a model has learnt from, or whose property it has."
+    if not trained_on.get("photos") or not len(pairs): return []
+    hashes, photos, properties = each(file_hash, sorted(set(pairs["before"])), "Looking for photos that the weights have seen"), set(trained_on["photos"]), set(trained_on["properties"])
+    return [name for name, before, prop in zip(pairs["name"], pairs["before"], pairs["property"]) if hashes[before][:16] in photos or prop in properties]
+
+def warn_of_seen(
+    state: State, # before the first epoch
+    parts: dict, # from `select`
+):
+    "Say which judges have trained the weights that a run starts from."
+    judges = pd.concat([t for part, t in parts.items() if part != "train"])
+    if known := seen_among(state.model.metadata.get("trained_on", {}), judges):
+        print(f"careful: {len(known)} of the {len(judges)} photos that judge this run, such as '{known[0]}', have trained the weights that it starts from, or are of a property that did; its scores will flatter it", flush=True)
 
 # %% ../../nbs/training/02_loop.ipynb #543eb4b6
 SAVE_EVERY = 600. # seconds, within an epoch
@@ -385,7 +403,7 @@ def explain(
     kept = f"the weights of epoch {state.epoch} or before are in {run_dir/'model.safetensors'}" if (run_dir/"model.safetensors").exists() else "no epoch was finished"
     return TrainingDiverged(f"{error}; {kept}. Try a lower lr (now {recipe.lr}), clip, or precision bf16 or fp32 (now {recipe.precision})")
 
-# %% ../../nbs/training/02_loop.ipynb #ce406bac
+# %% ../../nbs/training/02_loop.ipynb #56d95ee3
 def train(
     recipe: Recipe,
     pairs: pd.DataFrame, # all of them; `select` says who trains
@@ -402,6 +420,7 @@ def train(
     state = load_state(file, recipe, n, print_id) if file.exists() else first_state(recipe, parts, run_dir, pretrained)
     follow_plan(plan, state)
     if rank() == 0 and "reference" not in state.ema.module.metadata:
+        warn_of_seen(state, parts)
         remember_photos(state, parts["train"])
         remember_look(state, parts["train"])
     if state.step: print(f"going on after {progress_of(state)}", flush=True)

@@ -96,7 +96,7 @@ def match_report(
     if share < 0.5: raise AutohdrError(f"{path}: only {share:.1%} of the model's parameters are in it; start from a checkpoint of the same architecture and configuration")
     return f"{path}: {match_lines(table)}"
 
-# %% ../../nbs/training/01_state.ipynb #b688dd69
+# %% ../../nbs/training/01_state.ipynb #2faff5b3
 def overlap(
     source, # of a base or of starting weights
     recipe: Recipe,
@@ -104,7 +104,7 @@ def overlap(
     "A warning if a checkpoint was trained on the same pairs, split in another way: the photos that judge this run may have trained it."
     about = read_metadata(source) if is_ours(source) else {}
     for then in (about.get("recipe", {}), about.get("pretraining", {}).get("recipe", {})):
-        odd = [k for k in ("split_seed", "folds", "fold", "property_from") if then.get(k) != getattr(recipe, k)]
+        odd = [k for k in ("split_seed", "folds", "fold", "holdout", "property_from") if then.get(k, getattr(Recipe, k)) != getattr(recipe, k)]
         if then.get("pairs") == recipe.pairs and odd:
             return (f"careful: {source} was trained on the same pairs with another {' and '.join(odd)}, so it has seen photos that this run is judged by; "
                     "its scores will flatter it")
