@@ -367,13 +367,13 @@ def merge(
     print(f"Merged photos: {out}\nReport:        {run_dir/'report.html'}" + (f"\nPairs:         {pairs}" if pairs else ""))
     if strict and len(problems): raise typer.Exit(1)
 
-# %% ../nbs/07_cli.ipynb #a538192d
+# %% ../nbs/07_cli.ipynb #4dcecea5
 def _not_complete(study, ended):
     "Tell how a study stands: counts, and each run that is not complete with the reason."
     from autohdr.runs.board import counts_of
     print(f"{study.name}: {counts_of(t.state for t in study.tasks)}")
     rest = [t for t in study.tasks if t.state != "complete"]
-    for task in rest: print(f"  {task.name}  {task.state}  {ended.get(task.name, ('', task.why))[1]}".rstrip())
+    for task in rest: print(f"  {task.name}  {task.state}  {ended.get(task.name, ('', ''))[1] or task.why}".rstrip())
     if rest: print(f"Go on with: {study.command}")
     return rest
 
@@ -394,29 +394,35 @@ def _show_plan(study, tasks):
     print(*lines_of(plan_table(study)), "", f"{len(study.tasks)} runs in {study.folder}: {counts_of(t.state for t in study.tasks)}; {len(tasks)} to run", sep="\n")
     if any(t.state == "changed" for t in tasks): print("What has changed is moved to _replaced and made anew; nothing is deleted.")
 
-# %% ../nbs/07_cli.ipynb #003cb645
+def _show_arrays(tasks, profile, jobs):
+    "What a study would be on a cluster."
+    from autohdr.runs.slurm import array_lines, read_profile
+    print("", *array_lines(tasks, read_profile(profile), jobs), sep="\n")
+
+# %% ../nbs/07_cli.ipynb #19d9930d
 def _go_on_with(file, where, profile, jobs, smoke, parameter, root):
     "The command that goes on with a study."
     import shlex
     given = [("--where", where if where != "local" else None), ("--profile", profile), ("--jobs", jobs), ("--root", root if root != Path("papermill_runs") else None), *(("-p", p) for p in parameter)]
     return shlex.join(["autohdr", "study", file, *(str(x) for name, value in given if value is not None for x in (name, value)), *(["--smoke"] if smoke else [])])
 
-def _submit(study, tasks, profile, jobs, detach):
+def _submit(study, tasks, profile, jobs, retries, detach):
     "Run a study on SLURM; the report is a job of its own there."
     from autohdr.runs import slurm
     from autohdr.runs.study import load_study, only_pool, write_study
     profile = slurm.find_profile(profile)
     with only_pool(study.folder, 0): # none of this machine
         write_study(study)
-        slurm.submit(study, tasks, profile, jobs)
+        slurm.submit(study, tasks, profile, jobs, retries)
     if detach: return print(f"See how it goes with: autohdr board {study.folder}")
-    slurm.wait(study)
-    again = load_study(study.folder)
-    rest, page = _not_complete(again, {}), study.folder/"report.html"
+    states = slurm.wait(study)
+    study.tasks = load_study(study.folder).tasks
+    never = {r.run: ("", r.reason) for r in states.itertuples() if not (study.folder/r.run/"status.json").exists()}
+    rest, page = _not_complete(study, never), study.folder/"report.html"
     print(f"Report: {page}" if page.exists() else "There is no report: see the job that makes it in `autohdr board`.")
     if rest or not page.exists(): raise typer.Exit(1)
 
-# %% ../nbs/07_cli.ipynb #7600330a
+# %% ../nbs/07_cli.ipynb #6d252290
 @app.command()
 def study(
     file: Annotated[str, typer.Argument(metavar="STUDY", help="A study's YAML file, or the name of one that comes with autohdr.")],
@@ -433,20 +439,23 @@ def study(
 ):
     "Run a study: all its runs that are not complete, then the report. What changed since it was run is made anew."
     from autohdr.core import check_name
+    from autohdr.runs.board import at_slurm
     from autohdr.runs.study import plan
     check_name(where, ("local", "slurm"), "place for --where")
     if where == "local" and (profile or detach): raise AutohdrError("--profile and --detach are of clusters: say --where slurm, too.")
     planned = plan(file, root, smoke, overrides=parameter)
     planned.command = _go_on_with(file, where, profile, jobs, smoke, parameter, root)
     tasks = [t for t in planned.tasks if t.state != "complete" and not (failed and t.state in ("new", "changed"))]
-    if dry_run: return _show_plan(planned, tasks)
-    if where == "slurm" and tasks: return _submit(planned, tasks, profile, jobs, detach)
+    if dry_run:
+        _show_plan(planned, tasks)
+        return where == "slurm" and _show_arrays(tasks, profile, jobs)
+    if where == "slurm" and (tasks or at_slurm(planned.folder)): return _submit(planned, tasks, profile, jobs, retries, detach)
     from autohdr.runs.pool import run_local
     ended = run_local(planned, tasks, jobs or 1, retries)
     rest = _not_complete(planned, ended)
     if not _report_of(planned) or rest: raise typer.Exit(1)
 
-# %% ../nbs/07_cli.ipynb #13afd4a1
+# %% ../nbs/07_cli.ipynb #dc55e071
 @app.command()
 def board(
     study: Annotated[str, typer.Argument(metavar="STUDY", help="A study's folder, its name, or its YAML.")],
@@ -459,7 +468,7 @@ def board(
     folder = find_folder(study, root)
     if watch: return show(folder)
     rows = table(folder)
-    print(*lines_of(rows), "", counts_of(rows.state), sep="\n")
+    print(*lines_of(rows), "", counts_of(rows.state[rows.run != "compare"]), sep="\n")
 
 @app.command()
 def cancel(

@@ -142,8 +142,8 @@ def test_study_without_accounting(tmp_path):
     lost = tmp_path / "lost.safetensors"
     lost.write_text("there when the study is checked")
     runs = {f"quick{i}": dict(parameters=dict(steps=10)) for i in range(3)}
-    runs |= dict(next=dict(parameters=dict(steps=1, init="run:quick1")), lost=dict(parameters=dict(steps=1, init=str(lost))), again=dict(parameters=dict(steps=60)))
-    runs |= {name: dict(parameters=dict(steps=900)) for name in ("gone", "killed", "dropped")}
+    runs |= dict(next=dict(parameters=dict(steps=1, init="run:quick1")), lost=dict(parameters=dict(steps=1, init=str(lost))), again=dict(parameters=dict(steps=60)), killed=dict(parameters=dict(steps=100)))
+    runs |= {name: dict(parameters=dict(steps=900)) for name in ("gone", "dropped")}
     runs |= dict(bad=dict(parameters=dict(steps=1, flag=str(tmp_path / "begins"))), after=dict(parameters=dict(steps=1, init="run:bad")))
     runs |= dict(rough=dict(recipe="training", parameters=dict(steps=5, flag=str(tmp_path / "flag"))))
     with cluster(CPUS=16):
@@ -185,11 +185,15 @@ def test_study_without_accounting(tmp_path):
             assert status["state"] == "terminated" and "SIGTERM" in status["reason"] and "SLURM: cancelled (scancel)" in status["reason"], status
 
         def killed_outright():
-            job = sweep.begun("killed")
+            sweep.begun("killed")
             os.kill(sweep.status("killed")["pid"], signal.SIGKILL)
+            wait_until(lambda: sweep.status("killed").get("attempt") == 2 and sweep.status("killed").get("cell") == 4, f"it begins again by itself; {sweep.words()}", 120)
+            os.kill(sweep.status("killed")["kernel_pid"], signal.SIGKILL)
             sweep.over("killed")
-            status = json.loads((sweep.folder / "killed/status.json").read_text())
-            assert status["state"] == "died" and status["job"]["id"] == job and "Killed at cell" in status["reason"] and "SLURM: the job's process ended by a signal (Killed)" in status["reason"], status
+            status = sweep.status("killed")
+            first, second = status["attempts"]
+            assert status["state"] == "complete" and status["job"]["restarts"] == 2 and first["state"] == second["state"] == "died", status
+            assert "Killed at cell 4 of 5. SLURM: the job's process ended by a signal (Killed)" in first["reason"] and "SIGKILL" in second["reason"] and "SLURM: the run died 2 times in this job; it goes on" in second["reason"], status
 
         def cancelled_by_us():
             sweep.begun("dropped")
@@ -266,8 +270,12 @@ def test_study_with_accounting(tmp_path):
         sweep.submit("node")
         sweep.begun("node")
         sh("scontrol", "update", "nodename=localhost", "state=down", "reason=test")
+        def back():
+            subprocess.run(["scontrol", "update", "nodename=localhost", "state=resume"], capture_output=True, timeout=60)  # refused if it is back by itself
+            return sh("sinfo", "-h", "-o", "%T").split()[0] in ("idle", "mixed", "allocated")
+
         wait_until(lambda: "RUNNING" not in sweep.states()["node"], "the node's end was noticed")
-        subprocess.run(["scontrol", "update", "nodename=localhost", "state=resume"], capture_output=True, timeout=60)  # it may be back by itself
+        wait_until(back, "the node is back")
         wait_until(lambda: sweep.status("node").get("attempt") == 2 or sweep.states()["node"] in slurm.OVER, f"it begins again; {sweep.words()}", 120)
         sweep.over("node")
         first = sweep.status("node")["attempts"][-1]
