@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['REPEATS', 'BASELINES', 'run_folders', 'read_plan', 'read_run', 'toy_study', 'bare_name', 'label_of', 'tidy_scores',
            'Results', 'read_study', 'judged_size', 'judged', 'same_photos', 'blocks', 'per_photo', 'scores_of',
-           'floor_of', 'against', 'change_in_words', 'gamma_verdict', 'table', 'block_title', 'headline_table',
+           'floor_of', 'against', 'brief', 'change_in_words', 'gamma_verdict', 'table', 'block_title', 'headline_table',
            'differences', 'wrapping', 'difference_table', 'interrupted', 'surroundings', 'what_differs', 'mismatched',
            'account', 'account_html', 'flat', 'parameters_of', 'link', 'cost_table', 'publish', 'shortened', 'by_photo',
            'photo_tables', 'prediction', 'original', 'pictures', 'shown_width', 'as_metrics']
@@ -41,7 +41,7 @@ def read_plan(
     if not runs: raise AutohdrError(f"{folder} is no study: it has neither a study.json nor folders of runs.")
     return dict(name=folder.name, about="", tables=[], tables_of={}, runs=runs, planned=False)
 
-# %% ../../nbs/runs/09_compare.ipynb #ef467b2e
+# %% ../../nbs/runs/09_compare.ipynb #435aa65f
 def _json(file: Path) -> dict:
     "A JSON file; nothing where there is none."
     try: return json.loads(file.read_text(encoding="utf-8"))
@@ -80,7 +80,7 @@ def read_run(
         out |= dict(metrics=_json(folder/"metrics.json"), memory=_json(folder/"memory.json") or _json(folder/"fold_0"/"memory.json"), history=_csv(folder/"history.csv"),
                     scores=_csv(folder/"scores.csv") if (folder/"scores.csv").exists() else _csv(folder/"photos.csv"), baselines=_csv(folder/"baselines.csv"),
                     changes=hashlib.sha256((folder/"changes.diff").read_bytes()).hexdigest()[:8] if (folder/"changes.diff").exists() else "")
-        if "members" in found: out["scores"] = _of_ensemble(folder)
+        if "members" in found: out |= dict(scores=_of_ensemble(folder), baselines=pd.DataFrame())
     except (AutohdrError, OSError, ValueError, yaml.YAMLError) as e: return out | dict(state="unreadable", why=f"a file of it can't be read: {e}")
     if not out["why"] and out["scores"].empty and "members" in found: out["why"] = "its ensemble was judged by no photo, since its folds kept none out of all of them (holdout)"
     if not out["why"] and out["scores"].empty: out["why"] = "it is complete, and has no scores per photo (photos.csv)"
@@ -166,7 +166,7 @@ def tidy_scores(
         if len(table) and "mse" not in table: table["mse"] = 10.**(-table.psnr/10)
     return scores, baselines
 
-# %% ../../nbs/runs/09_compare.ipynb #b4ee5e15
+# %% ../../nbs/runs/09_compare.ipynb #035339c7
 @dataclass
 class Results:
     "All that a study's folder says."
@@ -194,7 +194,7 @@ def read_study(
         if one["why"]: continue
         for kind, table in zip(("scores", "baselines"), tidy_scores(one, axes)): tables[kind].append(table.assign(run=name))
     runs = _distinct_labels(pd.DataFrame(rows))
-    named = {kind: pd.concat(found_ or [pd.DataFrame(columns=["run", "name", "fold", "seed", "arm", "model", *METRICS, "mse"])], ignore_index=True) for kind, found_ in tables.items()}
+    named = {kind: pd.concat([t for t in found_ if len(t)] or [pd.DataFrame(columns=["run", "name", "fold", "seed", "arm", "model", *METRICS, "mse"])], ignore_index=True) for kind, found_ in tables.items()}
     for table in named.values(): table["configuration"] = _with_arm(table.run.map(runs.set_index("run").configuration), table.get("arm"))
     strangers = sorted({f.name for f in run_folders(folder)} - set(runs.run))
     return Results(folder, plan, runs, found, named["scores"], named["baselines"], named["history"], strangers)
@@ -259,7 +259,7 @@ def blocks(
         home.append(configuration) if home else out.append([configuration])
     return out
 
-# %% ../../nbs/runs/09_compare.ipynb #c852ffa0
+# %% ../../nbs/runs/09_compare.ipynb #a6eee6b2
 def per_photo(rows: pd.DataFrame) -> pd.DataFrame:
     "Mean scores of each photo over the seeds, indexed by fold and name."
     return rows.groupby(["fold", "name"])[[*METRICS, "mse"]].mean()
@@ -281,12 +281,12 @@ def floor_of(
 ) -> pd.DataFrame: # rows of `baselines`, possibly none
     "The baselines that a configuration stands beside."
     for name in (configuration, *block):
-        runs = results.scores.run[results.scores.configuration == name].unique()
-        own = results.baselines[results.baselines.run.isin(runs)]
-        if len(own): return own
+        rows = results.scores[results.scores.configuration == name]
+        own = results.baselines[results.baselines.run.isin(rows.run.unique()) & results.baselines.name.isin(rows.name.unique())]
+        if len(own) and set(own.name) == set(rows.name): return own # of the very photos that judge
     return results.baselines.iloc[:0]
 
-# %% ../../nbs/runs/09_compare.ipynb #833e40f9
+# %% ../../nbs/runs/09_compare.ipynb #bbeb7d16
 def against(
     rows: pd.DataFrame, # of one configuration
     other: pd.DataFrame, # of another, or a baseline
@@ -300,6 +300,13 @@ def against(
     if not common: return "the same photos, but dealt into other folds: no paired difference"
     arms = pd.concat([r[r.fold.isin(common)].assign(arm=arm) for r, arm in ((rows, "a"), (other, "b"))])
     return difference(arms, "a", "b", score) | dict(of=max(len(mine), len(theirs)))
+
+def brief(change, score: str = "l1") -> str:
+    "A difference in a few words, or the reason why there is none."
+    if isinstance(change, str): return change
+    if change["folds"] < 2: return f"{signed(change['mean'], score)}, one fold"
+    better = change["mean"] > 0 if METRICS[score].better == "higher" else change["mean"] < 0
+    return f"{signed(change['mean'], score)} ({signed(change['low'], score)} to {signed(change['high'], score)}), " + ("within chance" if change["low"] <= 0 <= change["high"] else "better" if better else "worse")
 
 def change_in_words(change, score: str = "l1") -> str:
     "A difference, or the reason why there is none."
@@ -334,10 +341,10 @@ def table(
         out += sorted(rows, key=lambda r: (not np.isfinite(r["l1"]), r["l1"]))
     return pd.DataFrame(out, columns=None if out else ["block", "configuration", "size", *METRICS, "photos", "folds", "seeds", "runs"]).pipe(lambda t: t.assign(number=range(1, len(t) + 1)))
 
-# %% ../../nbs/runs/09_compare.ipynb #5aa08788
+# %% ../../nbs/runs/09_compare.ipynb #de0bcc51
 _COLUMNS = {"l1": "L1 ↓", "psnr": "PSNR, dB ↑", "psnr_of_mean_mse": "PSNR of mean MSE, dB ↑", "ssim": "SSIM ↑", "ciede2000": "CIEDE2000 ↓"}
 _STYLE = ("<style>.ah tr.head td{font-weight:600;padding-top:1.1em;border-bottom:2px solid #8886} .ah tr.floor td{color:#5c6670;font-style:italic} .ah .tight th,.ah .tight td{padding:.38em .6em} "
-          ".ah .tight th{white-space:normal} .ah .tight td.words{white-space:normal;min-width:11em} .ah li{margin:.25em 0;overflow-wrap:anywhere} .ah li.warn{color:#b45424}</style>")
+          ".ah .tight th{white-space:normal;min-width:4.2em} .ah .tight td.words{white-space:normal;min-width:11em} .ah li{margin:.25em 0;overflow-wrap:anywhere} .ah li.warn{color:#b45424}</style>")
 
 def block_title(rows: pd.DataFrame) -> str:
     "What judged a block, in words."
@@ -385,7 +392,7 @@ def headline_table(
     note = "Mean over photos ± sd over folds. PSNR is the mean of per-photo PSNR; beside it that of the mean squared error of all photos. ↓ less is better, ↑ more is better, ★ best of its group; in italics the baselines, fitted on the same training photos."
     return piece(f"{_STYLE}{several}<div class='scroll tight' style='max-height:none'><table>{head}{''.join(parts)}</table></div><p class='note'>{note}</p>")
 
-# %% ../../nbs/runs/09_compare.ipynb #f1961572
+# %% ../../nbs/runs/09_compare.ipynb #88e1b41a
 def differences(
     results: Results,
     to: str, # the configuration that all others are compared with
@@ -416,6 +423,10 @@ def wrapping(rows: pd.DataFrame, note: str = ""):
 def difference_table(changes: pd.DataFrame, to: str):
     "The differences as a table."
     if not len(changes): return piece("<p class='note'>There is only one configuration.</p>")
+    refused = changes[~np.isfinite(changes.l1_mean.astype(float))]
+    why = "".join(f"<p class='note'>{html.escape(', '.join(rows.configuration))}: {html.escape(words)}.</p>" for words, rows in refused.groupby("l1_words", sort=False))
+    changes = changes.drop(refused.index)
+    if not len(changes): return piece(f"<p>No configuration can be compared with {html.escape(to)}:</p>{why}")
     shown = pd.DataFrame({"configuration": changes.configuration})
     for score in (s for s in METRICS if f"{s}_mean" in changes):
         span = [f"{signed(r[f'{score}_low'], score)} to {signed(r[f'{score}_high'], score)}" if np.isfinite(r[f"{score}_low"]) else "–" for r in changes.to_dict("records")]
@@ -423,8 +434,8 @@ def difference_table(changes: pd.DataFrame, to: str):
         shown[f"{METRICS[score].label}, 95% interval"] = span
     shown = shown.assign(folds=changes.l1_folds.map(lambda n: f"{n:.0f}" if np.isfinite(n) else "–"))
     reading = lambda words: words.split("): ", 1)[-1] if "): " in words else words.partition("(")[2].rstrip(")")
-    shown["L1 in words"] = [reading(w) if np.isfinite(m) else w for w, m in zip(changes.l1_words, changes.l1_mean)]
-    return wrapping(shown, f"Against {to}. Paired: the same photos in the same folds; the interval allows for training sets that overlap. Where the photos differ there is no difference to tell.")
+    shown["L1 in words"] = [reading(w) for w in changes.l1_words]
+    return piece(wrapping(shown, f"Against {to}. Paired: the same photos in the same folds; the interval allows for training sets that overlap.").data + why)
 
 # %% ../../nbs/runs/09_compare.ipynb #d21aa908
 def _names(runs, most: int = 4) -> str:
@@ -454,7 +465,7 @@ def surroundings(one: dict) -> dict: # name to text
     out |= {f"version of {k}": v for k, v in (env.get("packages") or {}).items()} | {f"content of {k}": v for k, v in (status.get("inputs") or {}).items()}
     return out | {"smoke run": "yes" if status.get("smoke") else "no"}
 
-# %% ../../nbs/runs/09_compare.ipynb #dab78331
+# %% ../../nbs/runs/09_compare.ipynb #4ffb5dac
 def what_differs(
     results: Results,
 ): # (facts that all counted runs share, table of those that differ: what, value, runs)
@@ -473,7 +484,7 @@ def mismatched(results: Results) -> list: # of sentences
     "Runs whose metrics.json says another L1 than their photos do."
     out = []
     for run, one in results.found.items():
-        said, rows = (one["metrics"].get("ours") or {}).get("l1"), results.scores[results.scores.run == run]
+        said, rows = (one["metrics"].get("ensemble" if "members" in one["parameters"] else "ours") or {}).get("l1"), results.scores[(results.scores.run == run) & (results.scores.arm == "")]
         if said is None or not len(rows): continue
         ours = float(rows.l1.mean())
         if abs(said - ours) > 1e-6: out.append(f"{run}: its metrics.json says L1 {said:.4f}, its photos say {ours:.4f}; the photos count here")

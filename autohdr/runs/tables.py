@@ -8,12 +8,12 @@ __all__ = ['STUDY', 'RULES', 'TABLES', 'study_figures', 'beside', 'value_text', 
            'loss_of', 'losses', 'arm_rows', 'pre_post', 'cleaning', 'folds_of', 'ensembled', 'ensemble', 'study_tables',
            'show_table']
 
-# %% ../../nbs/runs/12_tables.ipynb #e4021162
+# %% ../../nbs/runs/12_tables.ipynb #ce4dc7d1
 import html, io, json
 import numpy as np, pandas as pd
 from ..core import check_name
 from .arms import digits
-from .compare import Results, against, change_in_words, per_photo
+from .compare import Results, against, brief, per_photo
 from .report import piece
 
 # %% ../../nbs/runs/12_tables.ipynb #47d81b4b
@@ -87,9 +87,9 @@ def study_figures(
     wide.insert(0, "recomputed", rows.groupby("row").recomputed.agg(lambda r: "; ".join(filter(None, r))).reindex(order))
     return wide[[scored, "recomputed", *(c for c in wide if c not in (scored, "recomputed"))]].rename_axis(columns=None)
 
-# %% ../../nbs/runs/12_tables.ipynb #07cdfd66
+# %% ../../nbs/runs/12_tables.ipynb #acc1d509
 _STYLE = """<style>.ah .both th,.ah .both td{padding:.35em .5em;font-size:13px} .ah .both th{white-space:normal;vertical-align:bottom} .ah td.none{text-align:left;opacity:.6} .ah td.theirs,.ah th.theirs{color:#5c6670;background:#8881;text-align:left} .ah td.theirs{font-style:italic;text-align:left} .ah th.theirs:first-of-type{border-left:2px solid #8886}
-.ah tr.sections th{text-align:left;border-bottom:0;padding-bottom:0} .ah td.recomputed{min-width:12em;white-space:normal} .ah td.words{white-space:normal;min-width:8em;text-align:left}</style>"""
+.ah tr.sections th{text-align:left;border-bottom:0;padding-bottom:0} .ah td.recomputed{min-width:12em;white-space:normal} .ah td.words{white-space:normal;min-width:9em;text-align:left}</style>"""
 
 def beside(
     name: str, # of a table
@@ -188,14 +188,14 @@ def seconds_per_epoch(results: Results, configuration: str) -> float:
     history = results.history[results.history.configuration == configuration] if len(results.history) else results.history
     return float(history.seconds.mean()) if len(history) and "seconds" in history else np.nan
 
-# %% ../../nbs/runs/12_tables.ipynb #2784d3a1
+# %% ../../nbs/runs/12_tables.ipynb #1590aa55
 def resolution(
     results: Results,
     summary: pd.DataFrame, # from `compare.table`
 ): # (rows as texts, note); no rows where all runs have one size
     "Table 3.1."
     rows = [r for r in rows_for(results, summary, "resolution") if plain_run(results, r)]
-    if len({nominal(results, r["configuration"])[1] for r in rows}) < 2: return pd.DataFrame(), ""
+    if len({runs_of(results, r["configuration"])[0]["parameters"].get("size") for r in rows}) < 2: return pd.DataFrame(), ""
     out = []
     for r in rows:
         one = runs_of(results, r["configuration"])[0]
@@ -258,7 +258,7 @@ def models(
                     "study": study_model(results, r["configuration"])})
     return pd.DataFrame(out), comparable(rows, "Mean over photos ± sd over folds. Val L1: of the epoch that was chosen, mean over runs. " + RULES)
 
-# %% ../../nbs/runs/12_tables.ipynb #3a7134b6
+# %% ../../nbs/runs/12_tables.ipynb #4eff9357
 _LOSSES = {"L1 only": "l1", "L1 + VGG + SSIM + Edge": "study_visual", "L1 (0.9) + VGG (0.1)": "study_balanced"}
 
 def loss_of(results: Results, row: dict): # name or dict of weights, or None
@@ -279,20 +279,21 @@ def losses(
     summary: pd.DataFrame, # from `compare.table`
 ): # (rows as texts, note)
     "Table 4.3."
-    rows = [dict(r, weights=w) for r in rows_for(results, summary, "losses") if (w := _weights(loss_of(results, r)))]
+    about = [r for r in rows_for(results, summary, "losses") if plain_run(results, r) or "losses" in runs_of(results, r["configuration"])[0]["parameters"]]
+    rows = [dict(r, weights=w) for r in about if (w := _weights(loss_of(results, r)))]
     if len({json.dumps(r["weights"], sort_keys=True) for r in rows}) < 2: return pd.DataFrame(), ""
     ours = lambda r: results.scores[results.scores.configuration == r["configuration"]]
     first, out = next((r for r in rows if "l1" in r), None), []
     for r in rows:
         if r is first: change = "(the first row)"
         elif "l1" not in r: change = f"{r['state']}: {r['why']}"
-        else: change = change_in_words(against(ours(r), ours(first))) if r["block"] == first["block"] else "judged by other photos: not comparable"
+        else: change = brief(against(ours(r), ours(first))) if r["block"] == first["block"] else "judged by other photos: not comparable"
         out.append({"configuration": r["configuration"], "loss": " + ".join(f"{w:g} {t}" for t, w in r["weights"].items()), "test L1": value_text(r), "PSNR, dB": value_text(r, "psnr"), "SSIM": value_text(r, "ssim"),
                     "CIEDE2000": value_text(r, "ciede2000"), "L1 against the first row": change, "photos": judged_by(r),
                     "study": next((row for row, loss in _LOSSES.items() if _weights(loss) == r["weights"]), "")})
     return pd.DataFrame(out), comparable(rows, "Mean over photos ± sd over folds. A loss with other terms is trained for something else than L1: see SSIM and CIEDE2000, too.")
 
-# %% ../../nbs/runs/12_tables.ipynb #48368a65
+# %% ../../nbs/runs/12_tables.ipynb #27b6614b
 def arm_rows(
     results: Results,
     summary: pd.DataFrame, # from `compare.table`
@@ -308,9 +309,9 @@ def arm_rows(
         floor = own[own.arm == first]
         for arm, configuration in arms.items():
             row = summary[summary.configuration == configuration].iloc[0].to_dict()
-            change = "" if arm == first else change_in_words(against(own[own.arm == arm], floor))
+            change = "" if arm == first else brief(against(own[own.arm == arm], floor))
             percent = "" if arm == first else f"{100*(row['l1']/per_photo(floor).l1.mean() - 1):+.1f}%"
-            out.append({"configuration": configuration, "L1": value_text(row), "PSNR, dB": value_text(row, "psnr"), f"L1 against {first}": percent, "in words": change, "photos": judged_by(row), "study": study.get(arm, "")})
+            out.append({"configuration": configuration, "L1": value_text(row), "PSNR, dB": value_text(row, "psnr"), f"L1 against {first}": percent, "change (95% interval)": change, "photos": judged_by(row), "study": study.get(arm, "")})
     return pd.DataFrame(out)
 
 _WAYS = {"none": "No processing (baseline)", "gamma before": "Pre-processing only (gamma)", "post only": "Post-processing only", "both": "Pre + Post"}
