@@ -122,7 +122,7 @@ def counts_of(states) -> str: # such as "3 complete, 1 running"
     found = pd.Series(list(states), dtype=str).value_counts()
     return ", ".join(f"{found[s]} {s}" for s in (*order, *sorted(set(found.index) - set(order))) if s in found)
 
-# %% ../../nbs/runs/08_board.ipynb #d620ea2c
+# %% ../../nbs/runs/08_board.ipynb #1bbca50b
 def _at_work(folder: Path, table: pd.DataFrame) -> bool:
     "Will anything change by itself?"
     return bool(pool_of(folder)) or (table.state == "running").any() or any(not j["over"] and j["slurm_state"] != "UNREACHABLE" for j in _jobs(folder).values())
@@ -131,7 +131,7 @@ def _show(table: pd.DataFrame, name: str, before: dict) -> dict: # what was show
     "Show the table on a terminal, what has changed in a log."
     clock = time.strftime("%H:%M:%S")
     if sys.stdout.isatty():
-        print("\x1b[H\x1b[2J" + "\n".join([f"{name}, {clock}: {counts_of(table.state)}", "", *lines_of(table)]), flush=True)
+        print("\x1b[H\x1b[2J" + "\n".join([f"{name}, {clock}: {counts_of(table.state[table.run != 'compare'])}", "", *lines_of(table)]), flush=True)
         return before
     seen = {r["run"]: f"{r['state']:10}  {r['run']}" + "".join(f"  {r[k]}" for k in ("where", "why") if r[k]) for r in table.to_dict("records")}
     for run, line in seen.items():
@@ -149,4 +149,5 @@ def watch(
         before = _show(table, folder.name, before)
         if not _at_work(folder, table): break
         time.sleep(every)
-    print(counts_of(table.state) + ("" if (table.state == "complete").all() else "; nobody is working on it"))
+    runs = table.state[table.run != "compare"]
+    print(counts_of(runs) + ("" if (runs == "complete").all() else "; nobody is working on it"))
