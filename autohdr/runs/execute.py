@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['GRACE', 'SAVING', 'PAUSED', 'Log', 'Stopped', 'kill_group', 'Job', 'MissingInputs', 'RunError', 'run']
 
-# %% ../../nbs/runs/04_execute.ipynb #1173a0a3
+# %% ../../nbs/runs/04_execute.ipynb #c27cdffd
 import contextlib, logging, os, shutil, signal, socket, sys, tempfile, threading, time
 from pathlib import Path
 import nbformat, papermill, yaml
+from fastcore.basics import patch
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 from nbclient.exceptions import CellExecutionError, DeadKernelError
@@ -109,7 +110,7 @@ class _Engine(NBClientEngine):
 
 papermill_engines.register("autohdr", _Engine)
 
-# %% ../../nbs/runs/04_execute.ipynb #6d330f9f
+# %% ../../nbs/runs/04_execute.ipynb #24623f15
 GRACE = 10. # seconds that a kernel has between the signal and its end
 SAVING = 2. # seconds before that in which training may save, after SIGTERM
 PAUSED = 75 # exit code of a paused run: try again later, as sysexits.h has it
@@ -129,8 +130,9 @@ class Job:
 
     def write(self, **news):
         "Put news into status.json."
-        with self.lock: write_status(self.run_dir, self.status | news) # copied first: a signal may come in between
-        self.status |= news
+        with self.lock:
+            write_status(self.run_dir, self.status | news) # written first: what is in memory is on the disk
+            self.status |= news
 
     def on_cell(self, index: int, nb):
         "Called before a cell starts: from now on status.json names it."
@@ -146,25 +148,30 @@ class Job:
         self.timers[-1].daemon = True
         self.timers[-1].start()
 
-    def stop(self, number: int, frame=None):
-        "Signal handler: interrupt the kernel, and kill it after a while."
-        again, self.signal, last, self.asked = self.signal, number, self.asked, time.monotonic()
-        if not self.running() or (again and self.asked - last < 1): return # SLURM sends each signal twice, srun and the node's daemon
-        if again: return kill_group(self.kernel.popen.pid)
-        wait = SAVING if number == signal.SIGTERM else 0
-        if wait: self.stop_file.touch()
-        self.later(wait, self.interrupt)
-        self.later(wait + GRACE, kill_group, self.kernel.popen.pid)
+# %% ../../nbs/runs/04_execute.ipynb #0e977bf6
+@patch
+def stop(self: Job, number: int, frame=None):
+    "Signal handler: interrupt the kernel, and kill it after a while."
+    again, self.signal, last, self.asked = self.signal, number, self.asked, time.monotonic()
+    if not self.running() or (again and self.asked - last < 1): return # SLURM sends each signal twice, srun and the node's daemon
+    if again: return kill_group(self.kernel.popen.pid)
+    wait = SAVING if number == signal.SIGTERM else 0
+    if wait: self.stop_file.touch()
+    self.later(wait, self.interrupt)
+    self.later(wait + GRACE, kill_group, self.kernel.popen.pid)
 
-    def interrupt(self):
-        with contextlib.suppress(ProcessLookupError): os.kill(self.kernel.popen.pid, signal.SIGINT)
+@patch
+def interrupt(self: Job):
+    "As Ctrl-C in a notebook does."
+    with contextlib.suppress(ProcessLookupError): os.kill(self.kernel.popen.pid, signal.SIGINT)
 
-    def pause(self, number: int = None, frame=None):
-        "Signal handler: ask for a stop with the state saved, and kill the kernel if it takes too long."
-        if self.pausing: return
-        self.pausing = True
-        self.stop_file.touch()
-        if self.running(): self.later(float(os.environ.get("AUTOHDR_GRACE", 90)), kill_group, self.kernel.popen.pid)
+@patch
+def pause(self: Job, number: int = None, frame=None):
+    "Signal handler: ask for a stop with the state saved, and kill the kernel if it takes too long."
+    if self.pausing: return
+    self.pausing = True
+    self.stop_file.touch()
+    if self.running(): self.later(float(os.environ.get("AUTOHDR_GRACE", 90)), kill_group, self.kernel.popen.pid)
 
 # %% ../../nbs/runs/04_execute.ipynb #7b28c21e
 @contextlib.contextmanager
