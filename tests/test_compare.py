@@ -172,6 +172,22 @@ def test_a_study_in_progress_has_a_report(tmp_path):
     assert json.loads((tmp_path / "compare/metrics.json").read_text())["table"] == []
 
 
+def test_an_ensemble_stands_by_its_own_scores(tmp_path):
+    """Its folder also holds the scores of its folds, which are of single models and of other photos."""
+    runs = [make_run(tmp_path, f"apart-fold_{k}", 0.05, k) for k in (0, 1)] + [make_run(tmp_path, "three", 0.05, -1, axes={}, parameters=dict(members=["a", "b"]))]
+    rows = [dict(name=n, model=m, tta=t, l1=v, psnr=20 - 100 * v, ssim=0.9, ciede2000=5.0, mse=0.01, height=42, width=64) for n in ("new/hall", "new/bath") for t in (False, True) for m, v in (("ensemble", 0.04), ("member 1", 0.05), ("member 2", 0.07))]
+    write_csv(tmp_path / "three/ensemble_photos.csv", pd.DataFrame(rows))
+    told = dict(l1=0.04, psnr=16.0, single=dict(l1=0.06, psnr=14.0), gain_se=dict(l1=0.001, psnr=0.2), members=["member 1", "member 2"], tta=False, photos=2)
+    write_json(tmp_path / "three/metrics.json", dict(ours=dict(l1=0.05, psnr=20.0), folds={0: dict(l1=0.05, psnr=20.0, n=3), 1: dict(l1=0.06, psnr=19.0, n=3)}, ensemble=told, size=64))
+    results = read_study(plan(tmp_path, runs))
+    summary = table(results).set_index("configuration")
+    assert blocks(results) == [["apart"], ["three", "three: mean of its members"]] and summary.loc["three"].l1 == pytest.approx(0.04) and summary.loc["three: mean of its members"].l1 == pytest.approx(0.06)
+    assert summary.loc["three"].beats_gamma.startswith("not known") and summary.loc["three"].baselines == {}, "the baselines in its folder are of its folds' photos"
+    found = study_tables(results, table(results))["ensemble"][1]
+    assert found.configuration.unique().tolist() == ["three"] and found["PSNR, dB"].tolist()[:2] == ["20.00", "19.00"] and found.gain.iloc[-1].startswith("+2.00 ± 0.20 dB, L1 -0.0200 ± 0.0010")
+    assert not any("its metrics.json says" in text for _, text in account(results))
+
+
 def test_torn_files_are_told(tmp_path):
     runs = [make_run(tmp_path, n, 0.05, -1) for n in ("a", "torn", "empty", "lies")]
     (tmp_path / "torn/metrics.json").write_text('{"ours": ')

@@ -41,7 +41,7 @@ def read_plan(
     if not runs: raise AutohdrError(f"{folder} is no study: it has neither a study.json nor folders of runs.")
     return dict(name=folder.name, about="", tables=[], tables_of={}, runs=runs, planned=False)
 
-# %% ../../nbs/runs/09_compare.ipynb #435aa65f
+# %% ../../nbs/runs/09_compare.ipynb #80adb75b
 def _json(file: Path) -> dict:
     "A JSON file; nothing where there is none."
     try: return json.loads(file.read_text(encoding="utf-8"))
@@ -63,6 +63,7 @@ def _same(planned: dict, found: dict) -> list: # names
     text = lambda v: json.dumps(v, sort_keys=True, default=str)
     return [k for k, v in planned.items() if k not in found or (text(found[k]) != text(v) and not str(v).startswith("run:"))]
 
+# %% ../../nbs/runs/09_compare.ipynb #79cdeca0
 def read_run(
     folder: Path, # of the run
     planned: dict = None, # its entry in the plan
@@ -80,7 +81,7 @@ def read_run(
         out |= dict(metrics=_json(folder/"metrics.json"), memory=_json(folder/"memory.json") or _json(folder/"fold_0"/"memory.json"), history=_csv(folder/"history.csv"),
                     scores=_csv(folder/"scores.csv") if (folder/"scores.csv").exists() else _csv(folder/"photos.csv"), baselines=_csv(folder/"baselines.csv"),
                     changes=hashlib.sha256((folder/"changes.diff").read_bytes()).hexdigest()[:8] if (folder/"changes.diff").exists() else "")
-        if "members" in found: out |= dict(scores=_of_ensemble(folder), baselines=pd.DataFrame())
+        if "members" in found: out |= dict(scores=_of_ensemble(folder), baselines=pd.DataFrame(), history=pd.DataFrame()) # the rest is its folds'
     except (AutohdrError, OSError, ValueError, yaml.YAMLError) as e: return out | dict(state="unreadable", why=f"a file of it can't be read: {e}")
     if not out["why"] and out["scores"].empty and "members" in found: out["why"] = "its ensemble was judged by no photo, since its folds kept none out of all of them (holdout)"
     if not out["why"] and out["scores"].empty: out["why"] = "it is complete, and has no scores per photo (photos.csv)"
@@ -217,7 +218,7 @@ def _cost(one: dict) -> dict:
     return dict(attempts=max(status.get("attempt") or 0, len(earlier) + 1) if status else 0, seconds=seconds, cpu_seconds=cost.get("cpu_seconds"), peak_memory=cost.get("peak_memory"),
                 gpu_memory=cost.get("gpu_memory"), energy_wh=cost.get("energy_wh"), energy_of=cost.get("energy_of") or "", host=status.get("host", ""))
 
-# %% ../../nbs/runs/09_compare.ipynb #48d78153
+# %% ../../nbs/runs/09_compare.ipynb #6c19d69a
 def judged_size(
     one: dict, # from `read_run`
 ): # (long side in pixels or None, whether squashed to a square)
@@ -248,6 +249,7 @@ def same_photos(
     if any((a[c] != b[c]).any() for c in sized or ("size", "squash")): return False
     return not ((a.identity - b.identity).abs() > 1e-4).any()
 
+# %% ../../nbs/runs/09_compare.ipynb #05fdddf1
 def blocks(
     results: Results,
 ) -> list: # of lists of configurations, in the order of the plan
@@ -392,7 +394,7 @@ def headline_table(
     note = "Mean over photos ± sd over folds. PSNR is the mean of per-photo PSNR; beside it that of the mean squared error of all photos. ↓ less is better, ↑ more is better, ★ best of its group; in italics the baselines, fitted on the same training photos."
     return piece(f"{_STYLE}{several}<div class='scroll tight' style='max-height:none'><table>{head}{''.join(parts)}</table></div><p class='note'>{note}</p>")
 
-# %% ../../nbs/runs/09_compare.ipynb #88e1b41a
+# %% ../../nbs/runs/09_compare.ipynb #f4066988
 def differences(
     results: Results,
     to: str, # the configuration that all others are compared with
@@ -420,6 +422,7 @@ def wrapping(rows: pd.DataFrame, note: str = ""):
     "A sortable table whose texts take several lines."
     return piece(f"<style>.ah .wrap td.text{{white-space:nowrap}} .ah .wrap td.text:first-child{{white-space:normal;min-width:9em}} .ah .wrap td.text:last-child{{white-space:normal;min-width:17em}}</style><div class='wrap'>{sortable(rows, note).data}</div>")
 
+# %% ../../nbs/runs/09_compare.ipynb #baaabb2d
 def difference_table(changes: pd.DataFrame, to: str):
     "The differences as a table."
     if not len(changes): return piece("<p class='note'>There is only one configuration.</p>")
@@ -521,7 +524,7 @@ def account_html(results: Results):
     items = "".join(f"<li class='{'' if good else 'warn'}'>{html.escape(text)}</li>" for good, text in sorted(rest, key=lambda line: line[0]))
     return piece(f"{_STYLE}<p class='verdict {'good' if whole[0] else 'bad'}'>{html.escape(whole[1])}</p><ul>{items}</ul>")
 
-# %% ../../nbs/runs/09_compare.ipynb #5cdf946a
+# %% ../../nbs/runs/09_compare.ipynb #4ffca677
 def flat(
     parameters: dict, # of a run
 ) -> dict: # name to a plain value; settings of a dict under name.setting
@@ -541,7 +544,7 @@ def parameters_of(
     names, text = list(dict.fromkeys(k for p in per.values() for k in p)), lambda v: v if isinstance(v, str) else json.dumps(v, default=str)
     common = {k: text(next(p[k] for p in per.values() if k in p)) for k in names if all(k in p for p in per.values()) and len({text(p[k]) for p in per.values()}) == 1}
     rows = [dict(configuration=c, **{k: p.get(k) for k in names if k not in common}) for c, p in per.items()]
-    return common, pd.DataFrame(rows)
+    return common, pd.DataFrame(rows, dtype=object) # a whole number stays one beside a missing value
 
 # %% ../../nbs/runs/09_compare.ipynb #53fe6b93
 def link(

@@ -30,7 +30,7 @@ def wrapped(text: str, most: int = 48) -> str: # characters in a line
         lines[-1] = f"{lines[-1]} {word}".strip()
     return "<br>".join(lines)
 
-# %% ../../nbs/runs/11_figures.ipynb #a3249f7b
+# %% ../../nbs/runs/11_figures.ipynb #e29e8b4d
 def varying_axes(
     results: Results,
     summary: pd.DataFrame, # from `compare.table`
@@ -41,9 +41,10 @@ def varying_axes(
     if not len(varying) or not len(summary): return {}, []
     bare = summary.configuration.where(summary.configuration.isin(varying.configuration), summary.configuration.str.rsplit(": ", n=1).str[0])
     rows, axes = varying.set_index("configuration").reindex(bare), {}
-    for name in rows:
-        values = [v if isinstance(v, (int, float, str)) and not isinstance(v, bool) and v == v else "–" if v is None or v != v else json.dumps(v, default=str) for v in rows[name].tolist()]
-        if len({str(v) for v in values}) < 2: continue
+    for name in sorted(rows, key=lambda c: rows[c].isna().any()): # what all of them have comes first
+        missing = [v is None or v != v for v in rows[name].tolist()]
+        values = ["–" if gone else v if isinstance(v, (int, float, str)) and not isinstance(v, bool) else json.dumps(v, default=str) for v, gone in zip(rows[name].tolist(), missing)]
+        if len({str(v) for v, gone in zip(values, missing) if not gone}) < 2: continue # another notebook lacks it, no more
         alike = next((a for a, other in axes.items() if len(set(zip(map(str, other), map(str, values)))) == len(set(map(str, other))) == len(set(map(str, values)))), None)
         if alike: axes = {f"{k}, {name}" if k == alike and len(k) < 20 else k: v for k, v in axes.items()}
         else: axes[name] = values

@@ -16,7 +16,7 @@ from .arms import digits
 from .compare import Results, against, brief, per_photo
 from .report import piece
 
-# %% ../../nbs/runs/12_tables.ipynb #47d81b4b
+# %% ../../nbs/runs/12_tables.ipynb #184b5eb0
 _STUDY = """table|row|figure|claimed|recomputed
 resolution|384|batch|2-16|
 resolution|384|memory|5-20 GB|
@@ -42,6 +42,8 @@ pre_post|Pre-processing only (gamma)|test L1|0.1012|
 pre_post|Post-processing only|test L1|0.0514|scored before that step, so no change could show
 pre_post|Pre + Post|test L1|0.1012|scored before that step
 """
+
+# %% ../../nbs/runs/12_tables.ipynb #b7dfaa1d
 _STUDY += """models|Restormer 896|test L1|0.0514|0.0510 on 5 photos; PSNR 23.21 dB, where it claims 31.8
 models|Restormer 896|val L1|0.0635|
 models|Restormer 896|epochs|22|
@@ -74,6 +76,8 @@ ensemble|fold 3|PSNR|30.7-31.4 dB|an expectation, never a result
 ensemble|ensemble|PSNR|31-32 dB (+0.8 dB)|an expectation, never a result
 cleaning|cleaned|gain|+5-10% expected (577 to 464 pairs)|never measured
 """
+
+# %% ../../nbs/runs/12_tables.ipynb #6c2a6018
 STUDY = pd.read_csv(io.StringIO(_STUDY), sep="|", dtype=str, keep_default_na=False)
 
 def study_figures(
@@ -324,7 +328,7 @@ def cleaning(results: Results, summary: pd.DataFrame): # (rows as texts, note)
     "Section 6.2: whether cleaning helps."
     return arm_rows(results, summary, "raw", dict(cleaned="cleaned")), "On all held-out photos, faulty ones among them; the run's own report also judges by those that the rules keep. Less is better. The study gives an expectation."
 
-# %% ../../nbs/runs/12_tables.ipynb #12af24d7
+# %% ../../nbs/runs/12_tables.ipynb #ace612a5
 def folds_of(results: Results, configuration: str) -> dict: # fold to (mean PSNR, mean L1, photos)
     "Scores of each fold; a run that puts folds together says them in its metrics."
     one = runs_of(results, configuration)[0]
@@ -338,7 +342,7 @@ def _ensemble_row(configuration: str, made: dict) -> dict:
     if not made: return {"configuration": configuration, "what": "ensemble", "PSNR, dB": "–", "L1": "–", "gain": "not made, or judged by no photo that was kept out of all folds", "photos": "–", "study": "ensemble"}
     single, se = made.get("single") or {}, made.get("gain_se") or {}
     error = lambda score: f" ± {se[score]:.{digits(score)}f}" if se.get(score) is not None else ""
-    gain = (f"{made['psnr'] - single['psnr']:+.2f}{error('psnr')} dB, L1 {made['l1'] - single['l1']:+.4f}{error('l1')} against the mean of its members on the same photos ({single['psnr']:.2f} dB, {single['l1']:.4f})"
+    gain = (f"{made['psnr'] - single['psnr']:+.2f}{error('psnr')} dB, L1 {made['l1'] - single['l1']:+.4f}{error('l1')}; its members have {single['psnr']:.2f} dB, {single['l1']:.4f} on the same photos"
             if single else "not known: its members were not scored on the same photos")
     return {"configuration": configuration, "what": f"ensemble of {len(made.get('members', [])) or 'all'} models", "PSNR, dB": f"{made['psnr']:.2f}", "L1": f"{made['l1']:.4f}", "gain": gain,
             "photos": str(made.get("about") or made.get("photos") or made.get("n", "–")), "study": "ensemble"}
