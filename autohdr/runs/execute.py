@@ -89,7 +89,7 @@ class _Client(PapermillNotebookClient):
                 raise
             finally: self.nb_man.cell_complete(cell, cell_index=index)
 
-# %% ../../nbs/runs/04_execute.ipynb #d80dcbbb
+# %% ../../nbs/runs/04_execute.ipynb #503811d6
 _quiet = logging.getLogger("autohdr.runs") # nbclient's complaints; all of them end in status.json
 _quiet.addHandler(logging.NullHandler())
 _quiet.propagate = False
@@ -104,6 +104,7 @@ class _Engine(NBClientEngine):
         client = _Client(manager, km=job.kernel, kernel_name=kernel_name, timeout=None, startup_timeout=120, log=_quiet,
                          resources=dict(metadata=dict(path=str(job.run_dir))), stdout_file=job.log, stderr_file=job.log)
         env = {**os.environ, STOP_FILE: str(job.stop_file), "PYDEVD_DISABLE_FILE_VALIDATION": "1"} # or every log would start with the debugger's warning
+        env.pop("AUTOHDR_PARENT", None) # of this process, not of a run that the notebook may start
         try: client.execute(cleanup_kc=True, env=env, stdout=job.log.file, stderr=job.log.file)
         finally: manager.notebook_complete()
         return nb

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ELSEWHERE', 'own_notebook', 'own_spec', 'moved', 'numbers', 'compare', 'reproduce']
 
-# %% ../../nbs/runs/10_reproduce.ipynb #9b24ea43
-import json, math, os, re, shutil
+# %% ../../nbs/runs/10_reproduce.ipynb #46deb856
+import json, math, os, re
 from pathlib import Path
 import nbformat, pandas as pd, yaml
 from ..core import AutohdrError, write_json
