@@ -152,7 +152,7 @@ def gain_words(
     return (f"The ensemble's PSNR is {gain['psnr']:+.2f} dB (standard error {se['psnr']:.2f}) and its L1 {-gain['l1']:+.4f} ({se['l1']:.4f}) against the mean of its {len(told['members'])} members: "
             f"{told['psnr']:.2f} dB and {told['l1']:.4f} on {told['about']}.")
 
-# %% ../../nbs/inference/04_ensemble.ipynb #a75966f5
+# %% ../../nbs/inference/04_ensemble.ipynb #2c193268
 def ensemble_table(
     folds: pd.DataFrame, # out-of-fold scores, a row per photo: fold, tta, psnr, l1
     judged: pd.DataFrame | None = None, # from `gain`
@@ -168,7 +168,7 @@ def ensemble_table(
     told = {tta: gain_summary(judged, tta) for tta in (False, True)}
     n = told[False]["photos"]
     for name in (m for m in judged.model.unique() if m != "ensemble"): rows.append(row(f"{name.replace('member', 'model')}, held out of all", lambda tta, name=name: judged[(judged.model == name) & (judged.tta == tta)]))
-    return pd.DataFrame(rows + [row("a single model, held out of all", lambda tta: told[tta]["single"], n), row("ensemble, held out of all", lambda tta: told[tta], n), row("gain", lambda tta: told[tta]["gain"], n)])
+    return pd.DataFrame(rows + [row("mean of these models", lambda tta: told[tta]["single"], n), row("ensemble, held out of all", lambda tta: told[tta], n), row("gain (above 0: better)", lambda tta: told[tta]["gain"], n)])
 
 # %% ../../nbs/inference/04_ensemble.ipynb #c8a8f920
 def join_folds(

@@ -60,7 +60,7 @@ def crossval_metrics(
     sd = {k: float(pd.Series([s[k] for s in by_fold.values()]).std()) for k in METRICS}
     return dict(photos="out of fold", size=size, ours=summarise(scores), baselines={m: summarise(t) for m, t in baselines.groupby("model", sort=False)}, folds=by_fold, fold_sd=sd)
 
-# %% ../../nbs/training/05_crossval.ipynb #f3391d3f
+# %% ../../nbs/training/05_crossval.ipynb #52f42505
 def spread_table(
     scores: pd.DataFrame, # a row per photo, out of fold: fold and scores
     baselines: pd.DataFrame, # the same for each baseline, with a column `model`
@@ -78,7 +78,7 @@ def as_text(
 ) -> pd.DataFrame: # of texts
     "Scores with their digits, for people: a table whose rows are not all of one kind can't be tinted from best to worst."
     text = lambda c, v: v if isinstance(v, str) else "–" if pd.isna(v) else f"{v:.2f}" if c.startswith("psnr") else f"{v:.4f}" if c.startswith("l1") else f"{v:.0f}"
-    label = lambda c: c.replace("l1", "L1", 1).replace("psnr", "PSNR, dB,", 1).removesuffix(",")
+    label = lambda c: c.replace("l1", "L1", 1).replace("psnr", "PSNR", 1)
     return pd.DataFrame([{label(c): text(c, v) for c, v in row.items()} for row in table.to_dict("records")])
 
 # %% ../../nbs/training/05_crossval.ipynb #bc856546
