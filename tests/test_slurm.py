@@ -1,5 +1,5 @@
 """Studies on a real SLURM cluster of one node that each test starts for itself, with accounting and without: every way in which SLURM ends a job."""
-import json
+import contextlib
 import os
 import signal
 import subprocess
@@ -92,20 +92,27 @@ class Sweep:
         return slurm.job_states(self.folder).set_index("run").slurm_state
 
     def begun(self, run):
-        wait_until(lambda: self.printed(run, "begun at"), f"{run} runs; {self.words()}", 120)
+        self.until(lambda: self.printed(run, "begun at"), f"{run} runs")
         return self.job(run)
 
-    def over(self, *runs, seconds=150):
+    def over(self, *runs):
         def done():
             states = self.states()
             return all(states[r] in slurm.OVER for r in runs)
-        wait_until(done, f"{runs} are over; {self.words()}", seconds)
+        self.until(done, f"{runs} are over")
 
     def job(self, run):
         return slurm.read_jobs(self.folder)["runs"][run]["job"]
 
+    def until(self, condition, what, seconds=150):
+        """wait_until, with what the cluster says where it fails."""
+        try:
+            return wait_until(condition, what, seconds)
+        except AssertionError as e:
+            raise AssertionError(f"{e}\n{self.words()}") from None
+
     def words(self):
-        logs = [f"{f.name}: {f.read_text()[-500:]}" for f in self.folder.glob("_slurm/*/*.out")]
+        logs = [sh("squeue", "-r", "-t", "all", "-o", "%i %T %r")] + [f"{f.name}: {f.read_text()[-500:]}" for f in self.folder.glob("_slurm/*/*.out")]
         return "\n".join(logs) if self.folder.exists() else ""
 
 
@@ -187,7 +194,7 @@ def test_study_without_accounting(tmp_path):
         def killed_outright():
             sweep.begun("killed")
             os.kill(sweep.status("killed")["pid"], signal.SIGKILL)
-            wait_until(lambda: sweep.status("killed").get("attempt") == 2 and sweep.status("killed").get("cell") == 4, f"it begins again by itself; {sweep.words()}", 120)
+            sweep.until(lambda: sweep.status("killed").get("attempt") == 2 and sweep.status("killed").get("cell") == 4, "it begins again by itself")
             os.kill(sweep.status("killed")["kernel_pid"], signal.SIGKILL)
             sweep.over("killed")
             status = sweep.status("killed")
@@ -231,9 +238,9 @@ def test_study_without_accounting(tmp_path):
 def preempted(sweep):
     """A job of higher priority takes the node while a training goes on; it ends with the same weights as an undisturbed one."""
     history = sweep.folder / "rough/history.csv"
-    wait_until(lambda: history.exists() and len(history.read_text().splitlines()) == 3, f"two epochs; {sweep.words()}", 120)
+    sweep.until(lambda: history.exists() and len(history.read_text().splitlines()) == 3, "two epochs")
     sh("sbatch", "--partition=high", "--exclusive", "--output=/dev/null", "--chdir=/tmp", "--wrap=sleep 1")
-    wait_until(lambda: sweep.status("rough")["state"] != "running", f"it pauses; {sweep.words()}", 120)
+    sweep.until(lambda: sweep.status("rough")["state"] != "running", "it pauses")
     sweep.flag.touch()
     sweep.over("rough")
     status = sweep.status("rough")
@@ -247,36 +254,47 @@ def preempted(sweep):
 
 def test_study_with_accounting(tmp_path):
     """The controller forgets jobs after seconds; accounting does not. A time limit, a node that fails, a whole study that is cancelled."""
-    runs = dict(long=dict(recipe="short", parameters=dict(steps=300)), gone=dict(parameters=dict(steps=900)), node=dict(parameters=dict(steps=150)), stays=dict(parameters=dict(steps=900)), waits=dict(parameters=dict(init="run:stays")))
+    runs = dict(long=dict(recipe="short", parameters=dict(steps=300)), gone=dict(parameters=dict(steps=900)), node=dict(parameters=dict(steps=150)))
     with cluster(accounting=True, CPUS=8, MIN_JOB_AGE=5):
         sweep = Sweep(tmp_path, runs)
+        (tmp_path / "other").mkdir()
+        other = Sweep(tmp_path / "other", dict(stays=dict(parameters=dict(steps=900)), waits=dict(parameters=dict(init="run:stays"))))
         sweep.submit("long", "gone")
-        job = sweep.begun("gone")
-        sh("scancel", job)
-        wait_until(lambda: job not in sh("squeue", "-h", "-t", "all", "-o", "%i").split(), "the controller has forgotten the job", 120)
-        row = slurm.job_states(sweep.folder).set_index("run").loc["gone"]
-        assert row.slurm_state == "CANCELLED" and row.node == "localhost" and "SLURM: cancelled (scancel)" in sweep.status("gone")["reason"], "known from sacct"
-        sweep.over("long")
-        status = sweep.status("long")
-        assert status["state"] == "complete" and status["attempt"] > 1 and status["job"]["restarts"] == status["attempt"] - 1, status
-        assert all(a["state"] == "paused" and "saved at step" in a["reason"] and "SLURM: near its time limit" in a["reason"] for a in status["attempts"]), status
+        other.submit("stays", "waits")
 
-        sweep.submit("stays", "waits")
-        sweep.begun("stays")
-        assert sorted(slurm.cancel(sweep.folder)) == ["compare", "stays", "waits"]
-        table = slurm.wait(sweep.folder, seconds=60, every=0.5, show=str).set_index("run")
-        assert set(table.slurm_state) == {"CANCELLED", "COMPLETED"} and not (sweep.folder / "report.html").exists() and "autohdr cancel" in table.reason["waits"]
+        def forgotten_by_the_controller():
+            job = sweep.begun("gone")
+            sh("scancel", job)
+            sweep.until(lambda: job not in sh("squeue", "-h", "-t", "all", "-o", "%i").split(), "the controller has forgotten the job")
+            row = slurm.job_states(sweep.folder).set_index("run").loc["gone"]
+            assert row.slurm_state == "CANCELLED" and row.node == "localhost" and "SLURM: cancelled (scancel)" in sweep.status("gone")["reason"], "known from sacct"
 
+        def time_limit():
+            sweep.over("long")
+            status = sweep.status("long")
+            assert status["state"] == "complete" and status["attempt"] > 1 and status["job"]["restarts"] == status["attempt"] - 1, status
+            assert all(a["state"] == "paused" and "saved at step" in a["reason"] and "SLURM: near its time limit" in a["reason"] for a in status["attempts"]), status
+
+        def all_cancelled():
+            other.begun("stays")
+            assert sorted(slurm.cancel(other.folder)) == ["compare", "stays", "waits"]
+            table = slurm.wait(other.folder, seconds=120, every=0.5, show=str).set_index("run")
+            assert set(table.slurm_state) == {"CANCELLED"} and not (other.folder / "report.html").exists() and "autohdr cancel" in table.reason["waits"]
+
+        side_by_side(forgotten_by_the_controller, time_limit, all_cancelled)
         sweep.submit("node")
         sweep.begun("node")
         sh("scontrol", "update", "nodename=localhost", "state=down", "reason=test")
+        for pid in (sweep.status("node")["pid"], sweep.status("node")["kernel_pid"]):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)  # as a power cut would
         def back():
             subprocess.run(["scontrol", "update", "nodename=localhost", "state=resume"], capture_output=True, timeout=60)  # refused if it is back by itself
             return sh("sinfo", "-h", "-o", "%T").split()[0] in ("idle", "mixed", "allocated")
 
         wait_until(lambda: "RUNNING" not in sweep.states()["node"], "the node's end was noticed")
         wait_until(back, "the node is back")
-        wait_until(lambda: sweep.status("node").get("attempt") == 2 or sweep.states()["node"] in slurm.OVER, f"it begins again; {sweep.words()}", 120)
+        sweep.until(lambda: sweep.status("node").get("attempt") == 2 or sweep.states()["node"] in slurm.OVER, "it begins again")
         sweep.over("node")
         first = sweep.status("node")["attempts"][-1]
         assert sweep.status("node")["state"] == "complete" and "SLURM: the node failed" in first["reason"], first

@@ -7,8 +7,8 @@ __all__ = ['OVER', 'LAG', 'find_profile', 'read_profile', 'resources', 'batch_op
            'SlurmError', 'ask', 'cluster_name', 'read_jobs', 'last_words', 'how_ended', 'tell', 'settle', 'job_states',
            'this_job', 'why_signalled', 'why_not_again', 'requeue', 'work', 'report', 'submit', 'wait', 'cancel']
 
-# %% ../../nbs/runs/07_slurm.ipynb #7a374635
-import contextlib, fcntl, json, os, re, shlex, shutil, signal, subprocess, sys, threading, time
+# %% ../../nbs/runs/07_slurm.ipynb #5e1a000c
+import contextlib, fcntl, json, os, re, shlex, signal, subprocess, sys, threading, time
 from pathlib import Path
 import pandas as pd, yaml
 from ..core import AutohdrError, check_name, write_json
