@@ -127,7 +127,8 @@ def test_short_of_memory_a_run_computes_the_same_and_goes_on_so(folder, tmp_path
         parts = train(asked, pairs, run_dir)
         plan = json.loads((run_dir / "memory.json").read_text())
         assert (plan["checkpointing"], plan["photos"], plan["fits"]) == (checkpointing, photos, True)
-        assert read_metadata(run_dir / "model.safetensors")["memory"] == dict(checkpointing=checkpointing, photos=photos)
+        decision = dict(checkpointing=checkpointing, photos=photos, asked=dict(fit_memory="auto", checkpointing=False))
+        assert read_metadata(run_dir / "model.safetensors")["memory"] == decision
         same, drop = dict(rtol=1e-3, atol=1e-5), ["seconds"]
         pd.testing.assert_frame_equal(whole.drop(columns=drop), parts.drop(columns=drop), check_exact=False, **same)
         a, b = weights(tmp_path / "whole"), weights(run_dir)
@@ -137,7 +138,7 @@ def test_short_of_memory_a_run_computes_the_same_and_goes_on_so(folder, tmp_path
     offer(monkeypatch, 2**40)
     (run_dir / "memory.json").unlink()
     longer = torch.load(run_dir / "resume.pt", weights_only=True)
-    assert longer["metadata"]["memory"] == dict(checkpointing=True, photos=2)
+    assert longer["metadata"]["memory"] == decision
     seen = []
     monkeypatch.setattr("autohdr.training.loop.split_batch", lambda batch, photos: seen.append(photos) or memory.split_batch(batch, photos))
     longer["epoch"] = 1
@@ -145,6 +146,11 @@ def test_short_of_memory_a_run_computes_the_same_and_goes_on_so(folder, tmp_path
     torch.save(longer, run_dir / "resume.pt")
     train(asked, pairs, run_dir)
     assert set(seen) == {2}
+    # unless other settings are asked of it, which it does not refuse
+    torch.save(longer, run_dir / "resume.pt")
+    seen.clear()
+    train(replace(asked, fit_memory="warn", model_config=NAFNET | dict(checkpointing=True)), pairs, run_dir)
+    assert set(seen) == {4} and read_metadata(run_dir / "model.safetensors")["memory"]["checkpointing"]
 
 
 def test_where_nothing_fits_nothing_begins(folder, tmp_path, monkeypatch):

@@ -257,7 +257,7 @@ def peak_memory(device: torch.device) -> int: # bytes
     info = psutil.Process().memory_info()
     return getattr(info, "peak_wset", info.rss)
 
-# %% ../../nbs/training/04_memory.ipynb #1e50415a
+# %% ../../nbs/training/04_memory.ipynb #b3ede13a
 def fit(
     recipe: Recipe,
     dataset: PairDataset, # of training crops
@@ -267,14 +267,14 @@ def fit(
 ) -> dict: # checkpointing, photos (in one pass), parts, peak, free, fits, text, ...
     "Predict the run's memory, say what will be done, and write it down; an error if it can't be made to fit."
     file = Path(run_dir)/"memory.json"
-    if (Path(run_dir)/"resume.pt").exists() and file.exists():
-        plan = json.loads(file.read_text())
+    asked = dict(fit_memory=recipe.fit_memory, checkpointing=bool(recipe.model_config.get("checkpointing", False)))
+    if (Path(run_dir)/"resume.pt").exists() and file.exists() and (plan := json.loads(file.read_text()))["asked"] == asked:
         print(f"{plan['text']}; decided when this run began", flush=True)
         return plan
     shape, whole = (max(d.shapes(), key=math.prod) if len(d) else None for d in (dataset, val))
     decoded = sum(min(d.room, sum(6 * h * w for h, w in d._shapes())) for d in (dataset, val) if len(d)) if device.type == "cpu" else 0
     plan = decide(recipe, device, max(0, free_memory(device) - decoded), shape, whole)
-    plan |= dict(text=in_words(plan, recipe, shape), fit_memory=recipe.fit_memory, device=device.type, precision=recipe.precision, batch_size=recipe.batch_size, shape=list(shape),
+    plan |= dict(text=in_words(plan, recipe, shape), asked=asked, device=device.type, precision=recipe.precision, batch_size=recipe.batch_size, shape=list(shape),
                  before=used_memory(device), measured=None)
     print(plan["text"], flush=True)
     write_json(file, plan)
@@ -286,7 +286,8 @@ def follow_plan(
     state, # `autohdr.training.state.State`
 ):
     "Put a decision into practice; a state that goes on keeps the one that it was made with."
-    decision = state.model.metadata.get("memory") or {k: plan[k] for k in ("checkpointing", "photos")}
+    decision = {k: plan[k] for k in ("checkpointing", "photos", "asked")}
+    if (told := state.model.metadata.get("memory", {})).get("asked") == decision["asked"]: decision = told
     if decision["checkpointing"]:
         for module in state.model.modules():
             if hasattr(module, "checkpointing"): module.checkpointing = True

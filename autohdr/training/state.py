@@ -186,8 +186,8 @@ def save_state(
     data |= dict(recipe=asdict(recipe), config=state.model.config, metadata=state.model.metadata, fingerprint=fingerprint, threads=torch.get_num_threads(), shares=state.loss.sums, randoms=randoms)
     with atomic_path(path) as tmp: torch.save(data, tmp)
 
-# %% ../../nbs/training/01_state.ipynb #5e67b230
-MAY_DIFFER = ("workers", "device") # fields that do not change what a run computes
+# %% ../../nbs/training/01_state.ipynb #f5d16957
+MAY_DIFFER = ("fit_memory", "workers", "device") # fields that do not change what a run computes
 
 def load_state(
     path, # written by `save_state`
@@ -198,7 +198,8 @@ def load_state(
     "The state as it was saved; refuses one of another recipe or other photos."
     try: data = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e: raise AutohdrError(f"{path}: not a training state ({type(e).__name__}); delete it to start anew") from e
-    new, old = ({k: v for k, v in r.items() if k not in MAY_DIFFER} for r in (asdict(recipe), asdict(Recipe()) | data["recipe"]))
+    what = lambda r: {k: v for k, v in r.items() if k not in MAY_DIFFER} | dict(model_config={k: v for k, v in r["model_config"].items() if k != "checkpointing"}) # the same gradients
+    new, old = map(what, (asdict(recipe), asdict(Recipe()) | data["recipe"]))
     changed = [f"{k}: {old.get(k)!r} then, {new.get(k)!r} now" for k in new.keys() | old.keys() if old.get(k) != new.get(k)]
     if changed: raise AutohdrError(f"{path}: belongs to another recipe ({'; '.join(sorted(changed))}); use another run folder or delete it")
     if fingerprint != data["fingerprint"]: raise AutohdrError(f"{path}: the pairs have changed since this run began; use another run folder or delete it")
