@@ -422,7 +422,14 @@ def _submit(study, tasks, profile, jobs, retries, detach):
     print(f"Report: {page}" if page.exists() else "There is no report: see the job that makes it in `autohdr board`.")
     if rest or not page.exists(): raise typer.Exit(1)
 
-# %% ../nbs/07_cli.ipynb #6d252290
+# %% ../nbs/07_cli.ipynb #bbc4e3ce
+def _to_do(tasks, failed) -> list:
+    "The runs to start: all that are not complete, or only those that were tried and what waits for them."
+    if not failed: return [t for t in tasks if t.state != "complete"]
+    names = {t.name for t in tasks if t.state not in ("complete", "new", "changed")}
+    while more := {t.name for t in tasks if t.state == "new" and t.name not in names and names & set(t.needs)}: names |= more
+    return [t for t in tasks if t.name in names]
+
 @app.command()
 def study(
     file: Annotated[str, typer.Argument(metavar="STUDY", help="A study's YAML file, or the name of one that comes with autohdr.")],
@@ -431,7 +438,7 @@ def study(
     jobs: Annotated[Optional[int], typer.Option(min=1, help="Runs at a time; 1 here, what the profile says on a cluster.")] = None,
     parameter: Annotated[list[str], typer.Option("-p", "--parameter", metavar="KEY=VALUE", help="Override a parameter of every run; may be repeated.")] = [],
     retries: Annotated[int, typer.Option(min=0, help="How often a run that was killed is tried again; it goes on where it was.")] = 2,
-    failed: Annotated[bool, typer.Option("--failed", help="Only runs that were tried and did not complete.")] = False,
+    failed: Annotated[bool, typer.Option("--failed", help="Only runs that were tried and did not complete, and those that wait for them.")] = False,
     smoke: Annotated[bool, typer.Option(help="With the smoke values of the study and its recipes, in a folder of its own.")] = False,
     detach: Annotated[bool, typer.Option("--detach", help="Submit to the cluster, and don't wait.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Check everything and show the runs; start nothing.")] = False,
@@ -445,7 +452,7 @@ def study(
     if where == "local" and (profile or detach): raise AutohdrError("--profile and --detach are of clusters: say --where slurm, too.")
     planned = plan(file, root, smoke, overrides=parameter)
     planned.command = _go_on_with(file, where, profile, jobs, smoke, parameter, root)
-    tasks = [t for t in planned.tasks if t.state != "complete" and not (failed and t.state in ("new", "changed"))]
+    tasks = _to_do(planned.tasks, failed)
     if dry_run:
         _show_plan(planned, tasks)
         return where == "slurm" and _show_arrays(tasks, profile, jobs)
