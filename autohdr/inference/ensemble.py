@@ -87,7 +87,7 @@ def make_ensemble(
     for own, f in zip(model.members, files): own.load_state_dict(load_model(f).state_dict())
     return save_model(model, out, **about)
 
-# %% ../../nbs/inference/04_ensemble.ipynb #528dd10e
+# %% ../../nbs/inference/04_ensemble.ipynb #73ea05b8
 def check_unseen(
     model: torch.nn.Module, # an ensemble, or any model
     pairs: pd.DataFrame, # photos to judge it by
@@ -97,7 +97,7 @@ def check_unseen(
     for m in members:
         seen = m.get("trained_on") or dict(unknown=[m["file"]])
         if seen["unknown"]: raise AutohdrError(f"{', '.join(seen['unknown'])} does not say which photos it learnt from (an older version trained it), so no photo can be called new to it; train it again")
-        if known := seen_among(seen, pairs): raise AutohdrError(f"{len(known)} of the {len(pairs)} photos, such as '{known[0]}', trained {m['file']}, or are of a property that did: they can't judge it. With folds, every photo trains all models but one; "
+        if known := seen_among(seen | dict(photos=[*seen["photos"], *seen.get("chosen", ())]), pairs): raise AutohdrError(f"{len(known)} of the {len(pairs)} photos, such as '{known[0]}', trained {m['file']} or chose its epoch, or are of a property that did: they can't judge it. With folds, every photo trains all models but one; "
                                      "keep some out of all folds, with holdout, and judge the ensemble by these")
 
 # %% ../../nbs/inference/04_ensemble.ipynb #1dcced5f

@@ -29,7 +29,7 @@ def run_model(
 def to_tensor(pixels): return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))[None]
 def to_pixels(x): return np.ascontiguousarray(x[0].float().clamp_(0, 1).permute(1, 2, 0).cpu().numpy())
 
-# %% ../../nbs/inference/02_predict.ipynb #c481800f
+# %% ../../nbs/inference/02_predict.ipynb #f7b7f27b
 METHODS = ("auto", "whole", "small", "tiles")
 
 def choose_method(
@@ -39,6 +39,8 @@ def choose_method(
 ) -> str: # whole or small
     "What `auto` means for this model and photo."
     if hasattr(model, "decide"): return "whole"  # its network always sees a small copy
+    size = training_size(model)
+    if model.metadata.get("recipe", {}).get("squash", False) and (height, width) != (size, size): return "small" # it knows squashed photos only
     return "whole" if max(height, width) <= 1.25 * training_size(model) else "small"
 
 def training_size(model) -> int:

@@ -187,7 +187,7 @@ def _signals(job: Job):
         for s, handler in before.items(): signal.signal(s, handler)
         for timer in job.timers: timer.cancel()
 
-# %% ../../nbs/runs/04_execute.ipynb #dc3c9971
+# %% ../../nbs/runs/04_execute.ipynb #15768298
 def _orphaned() -> bool:
     "Is the process gone that wants its runs to end with it?"
     return os.environ.get("AUTOHDR_PARENT", str(os.getppid())) != str(os.getppid())
@@ -201,7 +201,8 @@ def _watched(job: Job, meter: Meter):
         while not over.wait(1 if beats < 30 else 2): # short runs are sampled more closely
             beats += 1
             meter.sample(job.running() and job.kernel.popen.pid)
-            if beats % 5 == 0: job.write(heartbeat=now(), spent=meter.cost()) # so that the cost of a run that is killed is known
+            with contextlib.suppress(OSError): # a disk that is full or away for a moment shall not end the signs of life
+                if beats % 5 == 0: job.write(heartbeat=now(), spent=meter.cost()) # so that the cost of a run that is killed is known
             if not told and (told := _orphaned()): os.kill(os.getpid(), signal.SIGTERM)
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -252,7 +253,7 @@ def _outcome(job: Job, problem, ooms: int) -> dict:
         return dict(state="died", reason=f"The kernel died at {at} ({_cause(job.kernel.popen and job.kernel.popen.poll(), ooms)}).", exit_code=1)
     return dict(state="failed", reason=f"autohdr could not go on at {at}: {type(problem).__name__}: {problem}", exit_code=1)
 
-# %% ../../nbs/runs/04_execute.ipynb #14aba4cb
+# %% ../../nbs/runs/04_execute.ipynb #a27ad6c8
 def _make_room(run_dir: Path, parameters: dict, overwrite: bool, resume: bool) -> dict:
     "Make the run's folder, or refuse; returns the status of the run that it goes on with, if any."
     if not run_dir.exists() or not any(run_dir.iterdir()):
@@ -270,13 +271,14 @@ def _make_room(run_dir: Path, parameters: dict, overwrite: bool, resume: bool) -
         run_dir.mkdir(parents=True)
         return {}
     if not resume: raise AutohdrError(f"{run_dir} exists ({old['state']}): give this run another name, or say --resume to go on with it or --overwrite to replace it.")
+    if not (run_dir/"params.yaml").exists(): return old # it was killed in its first moment
     was = yaml.safe_load((run_dir/"params.yaml").read_text(encoding="utf-8"))["parameters"]
     other = [k for k in parameters if k not in was or was[k] != parameters[k]]
     if other: raise AutohdrError(f"{run_dir} can't go on with other parameters ({', '.join(other)}): give this run another name, or say --overwrite to replace it.")
     return old
 
-# %% ../../nbs/runs/04_execute.ipynb #d6b7aa46
-_ATTEMPT = ("attempt", "state", "reason", "host", "job", "started", "heartbeat", "ended", "seconds", "spent")
+# %% ../../nbs/runs/04_execute.ipynb #5d4ce66d
+_ATTEMPT = ("attempt", "state", "reason", "host", "job", "started", "heartbeat", "ended", "seconds", "spent", "git", "environment")
 
 def _earlier(old: dict) -> dict: # what a status takes over from the attempt before
     "Which attempt this is, and how the earlier ones ended."
@@ -290,21 +292,23 @@ def _slurm_job() -> dict | None: # id, restarts, node
     name = f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}" if "SLURM_ARRAY_TASK_ID" in env else env["SLURM_JOB_ID"]
     return dict(id=name, restarts=int(env.get("SLURM_RESTART_COUNT", 0)), node=env.get("SLURMD_NODENAME", ""))
 
-# %% ../../nbs/runs/04_execute.ipynb #0da9c222
+# %% ../../nbs/runs/04_execute.ipynb #d9f2310a
 def _begin(spec: Spec, root, folder, overwrite: bool, resume: bool) -> tuple: # (run_dir, status)
     "The folder, params.yaml and the first status.json."
     run_dir = Path(folder or Path(root)/spec.study/spec.run).absolute()
-    old = _make_room(run_dir, spec.parameters, overwrite, resume)
-    (run_dir/"stop").unlink(missing_ok=True)
-    params = dict(notebook=str(spec.notebook), study=spec.study, about=spec.about, parameters=spec.parameters)
-    write_text(run_dir/"params.yaml", yaml.safe_dump(params, sort_keys=False, allow_unicode=True))
-    write_text(run_dir/"packages.txt", all_versions())
-    if changes := git_diff(): write_text(run_dir/"changes.diff", changes)
-    environment, start = environment_info(), now()
+    environment, packages, changes = environment_info(), all_versions(), git_diff() # first: between the look at the folder and the word that it is taken nothing shall take time
+    old, start = _make_room(run_dir, spec.parameters, overwrite, resume), now()
     status = dict(state="running", study=spec.study, run=spec.run, reason="", error=None, exit_code=None, **_earlier(old), started=start, ended=None, seconds=None,
                   heartbeat=start, pid=os.getpid(), host=environment["host"], job=_slurm_job(), spent=None, kernel_pid=None, cell=None, cells=None, notebook=str(spec.notebook), recipe=spec.recipe,
                   axes=spec.axes, inputs=old.get("inputs"), cost=None, overrides=spec.overrides, smoke=spec.smoke, command=command(spec, root), git=environment.pop("git"), environment=environment)
-    return run_dir, write_status(run_dir, status)
+    write_status(run_dir, status)
+    (run_dir/"stop").unlink(missing_ok=True)
+    params = dict(notebook=str(spec.notebook), study=spec.study, about=spec.about, parameters=spec.parameters)
+    write_text(run_dir/"params.yaml", yaml.safe_dump(params, sort_keys=False, allow_unicode=True))
+    write_text(run_dir/"packages.txt", packages)
+    if (run_dir/"changes.diff").exists(): (run_dir/"changes.diff").rename(run_dir/f"changes-{old['attempt']}.diff") # of the attempt before
+    if changes: write_text(run_dir/"changes.diff", changes)
+    return run_dir, status
 
 # %% ../../nbs/runs/04_execute.ipynb #6c48ef68
 class MissingInputs(AutohdrError):
@@ -337,7 +341,7 @@ def _execute(job: Job, spec: Spec):
         if job.kernel.popen: kill_group(job.kernel.popen.pid) # whatever the kernel started and left
         job.kernel.remove_folder()
 
-# %% ../../nbs/runs/04_execute.ipynb #9f45481b
+# %% ../../nbs/runs/04_execute.ipynb #ac9055ac
 def run(
     spec: Spec, # what to run; see `autohdr.runs.spec.make_spec`
     root="papermill_runs", # the run's folder is root/study/run
@@ -348,7 +352,7 @@ def run(
 ) -> Path: # the run's folder
     "Execute a run notebook and write its report; a run that does not end well raises RunError after everything is written."
     run_dir, status = _begin(spec, root, folder, overwrite, resume)
-    log, meter, ooms = Log(run_dir/"log.txt", echo), Meter(os.environ.get("CUDA_VISIBLE_DEVICES", "")), _oom_kills()
+    log, meter, ooms = Log(run_dir/"log.txt", echo), Meter(os.environ.get("CUDA_VISIBLE_DEVICES")), _oom_kills()
     log.line(f"{spec.study}/{spec.run}: {spec.notebook.name} in {run_dir}")
     job = Job(run_dir, status, log)
     with _signals(job):

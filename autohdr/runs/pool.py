@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['run_one', 'Child', 'record', 'Pool', 'cancel', 'Stopped', 'run_local']
 
-# %% ../../nbs/runs/13_pool.ipynb #71d8920a
+# %% ../../nbs/runs/13_pool.ipynb #5f6d5c33
 import contextlib, json, os, signal, socket, subprocess, sys, threading, time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ import psutil, yaml
 from ..core import AutohdrError, check_name, write_text
 from .board import at_slurm, counts_of, progress_of, score_of
 from .page import duration, render
+from .slurm import check_active
 from .status import _gpus, now, read_status, write_status
 from .study import Study, Task, judge, load_study, only_pool, pool_of, run_task, set_aside, write_study
 
@@ -124,17 +125,21 @@ def _account(study: Study, child: Child) -> str: # the state
         record(task, state, reason, 128 - code if code < 0 else code, seconds)
     return judge(task, read=False).state
 
-# %% ../../nbs/runs/13_pool.ipynb #a58ba787
+# %% ../../nbs/runs/13_pool.ipynb #bcad849f
 class Pool:
     "The runs of a study on this machine."
     def __init__(self, study: Study, waiting: list, jobs: int, retries: int):
         self.study, self.jobs, self.retries = study, jobs, retries
         self.waiting, self.children, self.tries = list(waiting), [], {}
         self.ended = {} # run to (state, why), of those that are done with
-        self.total, self.signals, self.told = len(waiting), [], time.monotonic()
+        self.total, self.signals, self.heard, self.told = len(waiting), [], 0., time.monotonic()
 
     def say(self, text: str):
         with contextlib.suppress(OSError, ValueError): print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True) # a closed terminal shall not end the runs
+
+    def hear(self, number: int):
+        "A signal came. A terminal and a shell may both send one: what follows within a second is the same one."
+        if not self.signals or time.monotonic() - self.heard > 1: self.signals, self.heard = [*self.signals, number], time.monotonic()
 
     def left(self) -> str: return f"{len(self.waiting) + len(self.children)} left"
 
@@ -213,7 +218,7 @@ def _tell(pool: Pool, every: float):
     done = pool.total - len(pool.waiting) - len(pool.children)
     pool.say(f"{done} of {pool.total} done; running: {', '.join(_far(c.task) for c in pool.children) or 'none'}; {len(pool.waiting)} wait")
 
-# %% ../../nbs/runs/13_pool.ipynb #73e8e346
+# %% ../../nbs/runs/13_pool.ipynb #e0b8dc86
 def _cancelled(pool: Pool):
     "Heed what `autohdr cancel` asks for."
     asked = {f.name for f in (pool.study.folder/"_cancel").glob("*")}
@@ -243,7 +248,7 @@ def cancel(
     pool, jobs = pool_of(study.folder), _end_jobs(study.folder, runs)
     chosen = [t for t in chosen if t.state == "running" or t.name in jobs or (pool and t.state != "complete")]
     (study.folder/"_cancel").mkdir(exist_ok=True)
-    for task in chosen: (study.folder/"_cancel"/task.name).touch() if pool else _end_alone(task)
+    for task in chosen: (study.folder/"_cancel"/task.name).touch() if pool else task.name in jobs or _end_alone(task)
     end = time.monotonic() + wait
     going = lambda task: (study.folder/"_cancel"/task.name).exists() or judge(task, read=False).state == "running"
     while time.monotonic() < end and any(map(going, chosen)): time.sleep(.2)
@@ -259,11 +264,12 @@ def _end_jobs(folder: Path, runs) -> list: # names
 
 def _end_alone(task: Task):
     "End a run that no pool looks after, if it is on this machine."
+    if task.state != "running": return
     status = read_status(task.folder)
     if status["host"] == socket.gethostname() and not status.get("job"):
         with contextlib.suppress(ProcessLookupError): os.kill(status["pid"], signal.SIGTERM)
 
-# %% ../../nbs/runs/13_pool.ipynb #3d71c0c5
+# %% ../../nbs/runs/13_pool.ipynb #b6809532
 def _orphan(task: Task) -> bool:
     "Does a run of this machine go on whose pool is gone? It will end by itself."
     status = read_status(task.folder)
@@ -286,12 +292,12 @@ def _signals(pool: Pool):
     "While it lasts, signals go to the pool."
     wanted = [s for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN] # nohup
     if threading.current_thread() is not threading.main_thread(): wanted = []
-    before = {s: signal.signal(s, lambda number, frame: pool.signals.append(number)) for s in wanted}
+    before = {s: signal.signal(s, lambda number, frame: pool.hear(number)) for s in wanted}
     try: yield
     finally:
         for s, handler in before.items(): signal.signal(s, handler)
 
-# %% ../../nbs/runs/13_pool.ipynb #259655b4
+# %% ../../nbs/runs/13_pool.ipynb #52e5a75b
 class Stopped(AutohdrError):
     "A signal ended a study."
     def __init__(self, message: str, exit_code: int):
@@ -318,6 +324,7 @@ def run_local(
     "Run a study on this machine; `Stopped` where a signal ended it."
     with only_pool(study.folder, jobs):
         _forget_requests(study.folder)
+        check_active(study)
         write_study(study)
         _wait_for_orphans(study.tasks)
         chosen = [t for t in study.tasks if t.state != "complete" and (tasks is None or any(t.name == o.name for o in tasks))]

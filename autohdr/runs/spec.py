@@ -287,7 +287,7 @@ def _photos_of(source: str) -> dict: # name to file
 
 def _is_pairs(name: str) -> bool: return name == "pairs" or name.endswith("_pairs")
 
-# %% ../../nbs/runs/00_spec.ipynb #40eebc1f
+# %% ../../nbs/runs/00_spec.ipynb #bbcc996d
 def missing_inputs(
     spec: Spec,
 ) -> list: # of sentences, empty if nothing is missing
@@ -298,6 +298,7 @@ def missing_inputs(
         if not isinstance(value, str) or not Path(value).is_absolute(): continue # a word, such as samples or published:NAME
         if not Path(value).exists():
             if not declared[name].help.lower().startswith("folder for"): out.append(f"{name}: there is no {value}")
+        elif _is_pairs(name) and not _photos_of(value): out.append(f"{name}: there is no photo in {value}") # such as a mount point without its disk
         elif _is_pairs(name) and (gone := [str(f) for f in _photos_of(value).values() if not f.exists()]):
             out.append(f"{name}: {len(gone)} of the photos in {value} are not there, such as {gone[0]}")
     return out

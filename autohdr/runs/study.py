@@ -6,13 +6,13 @@
 __all__ = ['find_study', 'read_study', 'Task', 'Study', 'judge', 'plan', 'plan_table', 'write_study', 'load_study', 'find_folder',
            'set_aside', 'run_task', 'pool_of', 'only_pool', 'finish']
 
-# %% ../../nbs/runs/06_study.ipynb #65b5de4f
+# %% ../../nbs/runs/06_study.ipynb #9b856ba6
 import contextlib, fcntl, graphlib, itertools, json, os, re, socket, time
 from dataclasses import dataclass, field
 from pathlib import Path
 import pandas as pd, yaml
 from ..core import AutohdrError, check_name, write_json
-from .spec import Spec, check_value, find_recipe, from_json, inputs, is_path, make_spec, parse_override, read_parameters
+from .spec import Spec, check_value, find_recipe, from_json, inputs, is_path, make_spec, missing_inputs, parse_override, read_parameters
 from .spec import read_recipe, resolve_paths, shipped, to_json
 from .status import now, read_status
 
@@ -97,7 +97,7 @@ def read_study(
     if not runs and not content.get("include"): raise AutohdrError(f"{file} names no run: it needs 'runs', 'recipe' or 'include'.")
     return content | dict(runs=runs, file=file, name=file.stem, smoke=smoke or instead is True)
 
-# %% ../../nbs/runs/06_study.ipynb #91f28f18
+# %% ../../nbs/runs/06_study.ipynb #3be241ee
 def _text(value) -> str:
     "A value as people write it."
     if isinstance(value, float): return re.sub(r"e([+-])0+", r"e\1", f"{value:g}")
@@ -110,8 +110,9 @@ def _slug(text: str) -> str:
 def _axes(content: dict, run: dict) -> list: # of axes, each a list of (axis, value to show, words for the label or "", parameters)
     "The axes of a run: grid, seeds, folds."
     grid, seeds, folds = (run.get(key, content.get(key, none)) for key, none in (("grid", {}), ("seeds", []), ("folds", 0)))
-    axes = [[(p, v if isinstance(v, (str, int, float)) else _text(v), f"{p} {_text(v)}", {p: v}) for v in values] if isinstance(values, list)
-            else [(p, str(label), str(label), {p: v}) for label, v in values.items()] for p, values in grid.items()]
+    words = lambda p, text: "" if p == "seed" else text # seeds repeat a configuration, they make no other one
+    axes = [[(p, v if isinstance(v, (str, int, float)) else _text(v), words(p, f"{p} {_text(v)}"), {p: v}) for v in values] if isinstance(values, list)
+            else [(p, str(label), words(p, str(label)), {p: v}) for label, v in values.items()] for p, values in grid.items()]
     if seeds: axes.append([("seed", s, "", {"seed": s}) for s in seeds])
     if folds: axes.append([("fold", k, "", {"folds": folds, "fold": k}) for k in range(folds)])
     return axes
@@ -145,7 +146,7 @@ def _entries(content: dict, name: str, run: dict):
         full = "-".join([name, *(_slug(f"{axis}_{_text(value)}") for axis, value in axes.items())])
         yield _Entry(name, full, label, recipe, axes, {k: (v, here) for k, v in {**given, **own, **values}.items()}, content["smoke"])
 
-# %% ../../nbs/runs/06_study.ipynb #cfbf30ea
+# %% ../../nbs/runs/06_study.ipynb #b56f4c37
 def _family(entry: _Entry, name: str, entries: list, where) -> list: # of entries
     "The runs that `run:NAME` stands for in another run: those with the same values on the axes that both have."
     family = [e for e in entries if e.name == name] or [e for e in entries if e.base == name]
@@ -170,6 +171,12 @@ def _refer(entries: list, where):
             elif isinstance(value, list) and any(map(_is_reference, value)): # all runs of a name
                 entry.values[key] = [e for v in value for e in (_family(entry, v[4:].strip(), entries, where) if _is_reference(v) else [v])], base
 
+def _change(entry: _Entry, parameters: dict, base: Path, where):
+    "Give a run other parameters, but for those that its axes set."
+    fixed = entry.axes.keys() | ({"folds"} if "fold" in entry.axes else set())
+    if both := sorted(fixed & parameters.keys()): raise AutohdrError(f"{where}: {both[0]} is set by an axis of the study (run {entry.name}); change it there.")
+    entry.values |= {k: (v, base) for k, v in parameters.items()}
+
 def _expand(content: dict, above: tuple = ()) -> list: # of entries
     "All runs of a study and of those that it includes."
     file, entries = content["file"], []
@@ -179,7 +186,7 @@ def _expand(content: dict, above: tuple = ()) -> list: # of entries
         inner = read_study(str(other), content["smoke"], file.parent)
         for e in _expand(inner, (*above, file)):
             e.base, e.name, e.part = f"{inner['name']}-{e.base}", f"{inner['name']}-{e.name}", "-".join(filter(None, (inner["name"], e.part)))
-            e.values |= {k: (v, file.parent) for k, v in content.get("parameters", {}).items()}
+            _change(e, content.get("parameters", {}), file.parent, file)
             entries.append(e)
     _refer(entries, file)
     twice = next((e.name for i, e in enumerate(entries) if any(e.name.lower() == o.name.lower() for o in entries[:i])), None) # some file systems know no case
@@ -213,7 +220,7 @@ class Study:
     tables: list = field(default_factory=list) # of the report; empty: those that fit
     command: str = "" # that goes on with it
 
-# %% ../../nbs/runs/06_study.ipynb #437fdccb
+# %% ../../nbs/runs/06_study.ipynb #b98df283
 def _declared(entry: _Entry) -> dict:
     "The parameters that a run may be given."
     declared = read_parameters(read_recipe(find_recipe(entry.recipe))["notebook"])
@@ -236,7 +243,7 @@ def _values(entry: _Entry, folder: Path, overrides) -> tuple: # (parameters with
     for text in overrides:
         if text.partition("=")[0].strip() not in declared: continue # it is for runs of another notebook
         key, value = parse_override(text, declared)
-        if key in entry.axes: raise AutohdrError(f"'{text}': {key} is an axis of the study.")
+        if key in entry.axes or (key == "folds" and "fold" in entry.axes): raise AutohdrError(f"'{text}': {key} is set by an axis of the study.")
         out[key] = resolve_paths(declared[key], check_value(declared[key], value), Path.cwd())
         later = [k for k in later if k != key]
     return out, later
@@ -273,7 +280,7 @@ def _check_overrides(entries: list, overrides):
     known = {k for entry in {e.recipe: e for e in entries}.values() for k in _declared(entry)}
     for text in overrides: check_name(text.partition("=")[0].strip(), known, "parameter")
 
-# %% ../../nbs/runs/06_study.ipynb #95288ab5
+# %% ../../nbs/runs/06_study.ipynb #cee6e5a4
 def _plain(value): return json.loads(json.dumps(value, default=str))
 
 def _differences(task: Task, status: dict, read: bool) -> list: # of texts
@@ -285,6 +292,7 @@ def _differences(task: Task, status: dict, read: bool) -> list: # of texts
     out = [f"{k}: {_text(old[k]) if k in old else 'unknown'} -> {_text(new[k]) if k in new else 'no longer there'}" for k in differ]
     if Path(str(was.get("notebook"))).name != task.spec.notebook.name: out.insert(0, f"notebook: {was.get('notebook')} -> {task.spec.notebook}")
     if out or not read or status.get("inputs") is None: return out
+    if missing_inputs(task.spec): return [] # a disk that is away is no change
     try: digests = inputs(task.spec)
     except (OSError, AutohdrError) as e: return [f"what it reads can't be read: {e}"]
     return [f"{k}: the {'photos' if k.endswith('pairs') else 'file'} changed" for k in {**status["inputs"], **digests} if status["inputs"].get(k) != digests.get(k)]
@@ -304,6 +312,7 @@ def judge(
     task.state, task.why = status["state"], status.get("reason") or ""
     if task.state == "running": task.why = f"process {status['pid']} on {status['host']}"
     elif parameters and task.state != "changed" and (found := _differences(task, status, read)): task.state, task.why = "changed", "; ".join(found)
+    elif read and task.state == "complete" and (gone := missing_inputs(task.spec)): task.why = f"what it has read is out of reach, and so not compared: {'; '.join(gone)}"
     return task
 
 def _judge_all(tasks: list, read: bool = True):
@@ -314,7 +323,7 @@ def _judge_all(tasks: list, read: bool = True):
         again = [n for n in task.needs if by_name[n].state != "complete"]
         if task.state == "complete" and again: task.state, task.why = "changed", f"starts from {', '.join(again)}, which is not complete"
 
-# %% ../../nbs/runs/06_study.ipynb #f30b0ab0
+# %% ../../nbs/runs/06_study.ipynb #f768ed80
 def plan(
     file, # a study's YAML, or the name of a shipped one
     root="papermill_runs", # the study's folder is root/NAME, root/NAME-smoke under --smoke
@@ -327,7 +336,7 @@ def plan(
     name = content["name"] + ("-smoke" if smoke and not read_study(file)["smoke"] else "") # one that always is a smoke test needs no second folder
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name): raise AutohdrError(f"{content['file']}: the name of a study's file must consist of letters, digits, '-', '_' and '.'.")
     folder, entries = Path(root, name).absolute(), _expand(content)
-    for entry in entries: entry.values |= {k: (v, Path.cwd()) for k, v in (values or {}).items()}
+    for entry in entries: _change(entry, values or {}, Path.cwd(), content["file"])
     _check_overrides(entries, overrides)
     tasks = _tasks(entries, name, folder, overrides, content["file"])
     _judge_all(tasks)
@@ -370,7 +379,7 @@ def find_folder(
     if name not in known and not known: raise AutohdrError(f"No study was started in {Path(root).absolute()}.")
     return known[check_name(name, known, f"study in {root}:")].absolute()
 
-# %% ../../nbs/runs/06_study.ipynb #6dcee580
+# %% ../../nbs/runs/06_study.ipynb #71fd2303
 def set_aside(task: Task) -> Path:
     "Move a run's folder to _replaced/NAME-TIME; nothing is deleted."
     place = task.folder.parent/"_replaced"/f"{task.name}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -388,6 +397,7 @@ def run_task(
     tasks = {t.name: t for t in load_study(folder).tasks}
     task = judge(tasks[check_name(run, tasks, f"run of {folder}:")])
     if task.state == "complete": return task.folder
+    if task.state == "running": raise AutohdrError(f"{task.folder} is running already ({task.why}); it is not started twice.")
     if task.state == "changed": set_aside(task)
     return execute(task.spec, folder=task.folder, resume=True, echo=echo)
 

@@ -112,17 +112,17 @@ def training_terms(
     if hasattr(model, "training_terms"): return model.training_terms(before, after, loss)
     return {"loss": loss(model(before).float(), after)}
 
-# %% ../../nbs/training/02_loop.ipynb #0dfa5431
+# %% ../../nbs/training/02_loop.ipynb #2ab1c2b8
 class TrainingDiverged(AutohdrError):
     "A loss or gradient stopped being finite."
 
 def mean_over_photos(
     values: torch.Tensor, # means over this process's photos, 1-D
     own: int, # how many these are
-) -> torch.Tensor: # the same shape
-    "Means over the photos of all processes."
+) -> tuple: # (the same shape, number of photos)
+    "Means over the photos of all processes, and how many these are."
     *sums, photos = add_up(torch.cat([values * own, values.new_tensor([own])]))
-    return torch.stack(sums) / photos
+    return torch.stack(sums) / photos, photos
 
 def backward(
     state: State,
@@ -131,7 +131,7 @@ def backward(
     recipe: Recipe,
 ) -> dict: # value of each term, unweighted
     "Add one batch's gradient."
-    if size() > 1: state.loss.over_all = lambda values: mean_over_photos(values, batch["own"])
+    if size() > 1: state.loss.over_all = lambda values, _: mean_over_photos(values, batch["own"])
     before, after = (batch[k].to(state.device, non_blocking=True) for k in ("before", "after"))
     with autocast(recipe.precision, state.device):
         terms = training_terms(state.model, before, after, lambda pred, target: state.loss(pred, target)[0])
@@ -317,7 +317,7 @@ def first_state(
         model.metadata = {k: v for k, v in model.metadata.items() if k != "transfer"} | {k: told[k] for k in ("transfer",) if k in told} | dict(pretraining=about)
     return state
 
-# %% ../../nbs/training/02_loop.ipynb #86aa0569
+# %% ../../nbs/training/02_loop.ipynb #fc0fb38e
 def remember_look(
     state: State,
     pairs: pd.DataFrame, # the training split
@@ -329,10 +329,12 @@ def remember_look(
 def remember_photos(
     state: State,
     pairs: pd.DataFrame, # the training split
+    chosen_by=None, # the validation split, which chooses the epoch
 ):
-    "Put the training photos' digests and their properties into the model's metadata, as `trained_on`, with those of the weights that it started from."
+    "Put the training photos' digests and their properties into the model's metadata, as `trained_on`, with those of the weights that it started from; `chosen`: photos that chose the epoch."
+    val = [] if chosen_by is None else sorted(set(chosen_by["before"]))
     hashes = each(file_hash, sorted(set(pairs["before"])), "Hashing training photos")
-    own = dict(photos=[h[:16] for h in hashes.values()], properties=[p for p, n in zip(pairs["property"], pairs["name"]) if p != n], unknown=[]) # a property named after its one photo says no more than the photo
+    own = dict(chosen=[file_hash(f)[:16] for f in val], photos=[h[:16] for h in hashes.values()], properties=[p for p, n in zip(pairs["property"], pairs["name"]) if p != n], unknown=[]) # a property named after its one photo says no more than the photo
     seen = all_seen([state.model.metadata.get("trained_on", {}), own])
     for model in (state.model, state.ema.module): model.metadata = model.metadata | dict(trained_on=seen)
 
@@ -403,7 +405,7 @@ def explain(
     kept = f"the weights of epoch {state.epoch} or before are in {run_dir/'model.safetensors'}" if (run_dir/"model.safetensors").exists() else "no epoch was finished"
     return TrainingDiverged(f"{error}; {kept}. Try a lower lr (now {recipe.lr}), clip, or precision bf16 or fp32 (now {recipe.precision})")
 
-# %% ../../nbs/training/02_loop.ipynb #56d95ee3
+# %% ../../nbs/training/02_loop.ipynb #95a7173a
 def train(
     recipe: Recipe,
     pairs: pd.DataFrame, # all of them; `select` says who trains
@@ -415,13 +417,14 @@ def train(
     run_dir, parts, print_id = Path(run_dir), select(pairs, recipe), from_main(lambda: fingerprint(pairs))
     n, file = len(parts["train"]), Path(run_dir)/"resume.pt"
     dataset = train_dataset(parts["train"], recipe)
+    make_loader(dataset, recipe.batch_size) # photos that can't be batched are an error now, not after hours of pretraining
     val = PairDataset(parts["val"], size=recipe.size, squash=recipe.squash, input_gamma=recipe.input_gamma) if len(parts["val"]) else []
     plan = from_main(lambda: fit(recipe, dataset, val, run_dir, pick_device(recipe.device)))
     state = load_state(file, recipe, n, print_id) if file.exists() else first_state(recipe, parts, run_dir, pretrained)
     follow_plan(plan, state)
     if rank() == 0 and "reference" not in state.ema.module.metadata:
         warn_of_seen(state, parts)
-        remember_photos(state, parts["train"])
+        remember_photos(state, parts["train"], parts["val"])
         remember_look(state, parts["train"])
     if state.step: print(f"going on after {progress_of(state)}", flush=True)
     go_on = not (recipe.patience and state.since_best >= recipe.patience)

@@ -251,7 +251,7 @@ def verdict(
     n, e = errors[0]
     raise AutohdrError(f"process {n} of {len(codes)}: {type(e).__name__}: {e}")
 
-# %% ../../nbs/training/03_processes.ipynb #d4ee03f8
+# %% ../../nbs/training/03_processes.ipynb #7d2787bd
 def launch(
     function, # of a module: the processes import it
     *args, # for it; whatever can be pickled
@@ -260,6 +260,7 @@ def launch(
 ): # what the function returned in the main process
     "Call a function in several new processes at once, which work together; errors arrive here as they were raised there."
     kind = device_type(processes, device)
+    if torch.cuda.is_initialized(): torch.cuda.empty_cache() # what this process keeps, the others lack
     with tempfile.TemporaryDirectory(prefix="autohdr-") as folder:
         (Path(folder)/"task").write_bytes(pickle.dumps((function, args)))
         store, team = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False), []

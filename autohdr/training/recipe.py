@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RANGES', 'CHOICES', 'Recipe', 'check_field', 'check_crop_scale', 'check_together', 'updates_per_epoch', 'ema_weight']
 
-# %% ../../nbs/training/00_recipe.ipynb #e6f5f4d6
-import math, re
+# %% ../../nbs/training/00_recipe.ipynb #6b7da767
+import os, math, re
 from dataclasses import dataclass, field, fields
 from ..core import AutohdrError, as_number, check_name
 from ..losses.combined import loss_weights
@@ -75,7 +75,7 @@ RANGES = dict(size=(16, 16384), crop=(0, 16384), repeats=(1, 10_000), epoch_upda
               val_every=(1, 100_000), folds=(0, 100), fold=(-1, 99), holdout=(0, 0.9), seed=(0, 2**32 - 1), split_seed=(0, 2**32 - 1), workers=(0, 128), threads=(0, 1024), processes=(1, 64))
 CHOICES = dict(model=ARCHITECTURES, precision=("fp32", "bf16", "fp16"), fit_memory=("warn", "auto"))
 
-# %% ../../nbs/training/00_recipe.ipynb #7a0e50f8
+# %% ../../nbs/training/00_recipe.ipynb #4b680801
 def check_field(
     name: str, # a field of `Recipe`
     value, # for it
@@ -93,6 +93,7 @@ def check_field(
         return value # as it was written
     if kind is list and isinstance(value, tuple): value = list(value)
     if not isinstance(value, kind): raise AutohdrError(f"{name} is {value!r}; expected {kind.__name__}, such as {kind()!r}")
+    if kind is str and value.startswith("~"): value = os.path.expanduser(value) # once, so that every reader sees the same file
     if name in CHOICES: check_name(value, CHOICES[name], name)
     if name in ("init", "base") and value.startswith("published:"): check_name(value.removeprefix("published:"), PUBLISHED, "published checkpoint")
     if name == "crop_scale" and value: return check_crop_scale(value)

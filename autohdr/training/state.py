@@ -7,7 +7,7 @@ __all__ = ['PARTS', 'COUNTS', 'MAY_DIFFER', 'pick_device', 'autocast', 'make_sch
            'match_report', 'overlap', 'all_seen', 'check_input', 'starting_model', 'new_state', 'random_state',
            'save_state', 'load_state', 'restore_random']
 
-# %% ../../nbs/training/01_state.ipynb #efc1c104
+# %% ../../nbs/training/01_state.ipynb #3762648e
 import time
 from dataclasses import asdict, dataclass, field
 import pandas as pd, torch
@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 from ..core import AutohdrError, atomic_path
 from ..losses.combined import CombinedLoss
 from ..models.weights import create_on_base, is_ours, load_weights, match_lines
-from ..models.zoo import create_model, read_metadata
+from ..models.zoo import create_model, read_metadata, settings
 from .processes import gather, own_random_numbers, rank
 from .recipe import Recipe, ema_weight, updates_per_epoch
 from .transfer import freeze, learning_table, parameter_groups, transfer_record
@@ -96,7 +96,7 @@ def match_report(
     if share < 0.5: raise AutohdrError(f"{path}: only {share:.1%} of the model's parameters are in it; start from a checkpoint of the same architecture and configuration")
     return f"{path}: {match_lines(table)}"
 
-# %% ../../nbs/training/01_state.ipynb #2faff5b3
+# %% ../../nbs/training/01_state.ipynb #aa55ceee
 def overlap(
     source, # of a base or of starting weights
     recipe: Recipe,
@@ -112,9 +112,9 @@ def overlap(
 
 def all_seen(
     told, # dicts photos, properties, unknown, as in the metadata of checkpoints under `trained_on`
-) -> dict: # photos: digests of their files; properties; unknown: checkpoints that say nothing of it
+) -> dict: # photos: digests of their files; properties; unknown: checkpoints that say nothing of it; chosen: digests of photos that chose the epoch
     "What several trainings have seen together."
-    return {k: sorted({v for t in told for v in t.get(k, ())}) for k in ("photos", "properties", "unknown")}
+    return {k: sorted({v for t in told for v in t.get(k, ())}) for k in ("photos", "properties", "unknown", "chosen")}
 
 def check_input(
     source, # of a base or of starting weights
@@ -134,6 +134,7 @@ def starting_model(
         if warning := overlap(source, recipe): print(warning, flush=True)
         check_input(source, recipe)
     model = create_on_base(recipe.model, recipe.base, **recipe.model_config) if recipe.base else create_model(recipe.model, **recipe.model_config)
+    if "base" in settings(recipe.model) and not (recipe.base or recipe.init): print(f"careful: {recipe.model} stands on a frozen model of fresh weights; give the recipe a base, or it learns to correct one that has learnt nothing", flush=True)
     if recipe.init:
         table = load_weights(model, recipe.init)
         print(match_report(table, recipe.init), flush=True)
