@@ -12,10 +12,12 @@ import yaml
 
 from autohdr.core import AutohdrError, write_csv, write_json, write_text
 from autohdr.photo import write_photo
-from autohdr.runs.compare import account, blocks, differences, headline_table, publish, read_study, table
+from autohdr.runs.compare import account, blocks, cost_table, differences, headline_table, publish, read_study, table, what_differs
 from autohdr.runs.execute import run
-from autohdr.runs.spec import make_spec
+from autohdr.runs.spec import inputs, make_spec
 from autohdr.runs.status import now, write_status
+from autohdr.runs.study import load_study, write_study
+from autohdr.runs.study import plan as plan_study
 from autohdr.runs.tables import STUDY, study_tables
 from tests.test_report import browser, open_report  # noqa: F401
 
@@ -186,6 +188,91 @@ def test_an_ensemble_stands_by_its_own_scores(tmp_path):
     found = study_tables(results, table(results))["ensemble"][1]
     assert found.configuration.unique().tolist() == ["three"] and found["PSNR, dB"].tolist()[:2] == ["20.00", "19.00"] and found.gain.iloc[-1].startswith("+2.00 ± 0.20 dB, L1 -0.0200 ± 0.0010")
     assert not any("its metrics.json says" in text for _, text in account(results))
+
+
+def planned_and_done(folder, text):
+    """A study as `autohdr study` plans it, its runs' folders filled as if all had been trained."""
+    (folder / "toy.yaml").write_text(text)
+    study = plan_study(folder / "toy.yaml", folder / "runs")
+    write_study(study)
+    for task in study.tasks:
+        values = task.spec.parameters
+        make_run(study.folder, task.name, 0.05, values["fold"], seed=values["seed"], size=values["size"], axes=task.spec.axes)
+        (task.folder / "model.safetensors").write_text(task.name)
+        write_text(task.folder / "params.yaml", yaml.safe_dump(dict(notebook=str(task.spec.notebook), parameters=values)))
+        write_status(task.folder, json.loads((task.folder / "status.json").read_text()) | dict(inputs=inputs(task.spec)))
+    return study.folder
+
+
+def test_what_counts_is_what_a_study_would_not_make_anew(tmp_path, monkeypatch):
+    """A base that was made anew or failed, and data that changed, take the runs that used them out of the report; data that is only out of reach does not."""
+    monkeypatch.setenv("AUTOHDR_CACHE", str(tmp_path / "cache"))
+    for photo in ("before", "after"):
+        write_photo(tmp_path / f"data/{photo}.png", np.full((8, 8, 3), 0.5, np.float32))
+    folder = planned_and_done(tmp_path, f"recipe: hdrnet_512\nparameters: {{pairs: {tmp_path / 'data'}}}\nruns:\n  first: {{}}\n  second: {{parameters: {{init: 'run:first'}}}}\n")
+
+    def counted():
+        results = read_study(folder)
+        states = {t.name: t.state for t in load_study(folder, read=True).tasks}
+        assert results.runs.set_index("run").state.to_dict() == states, "the report and the plan say the same"
+        return sorted(results.scores.run.unique()), " ".join(t for _, t in account(results))
+
+    runs, told = counted()
+    assert runs == ["first", "second"] and "could not" not in told and "out of reach" not in told
+    (tmp_path / "data").rename(tmp_path / "away")
+    runs, told = counted()
+    assert runs == ["first", "second"] and "first, second: counted as they are, but what it has read is out of reach" in told
+    (tmp_path / "away").rename(tmp_path / "data")
+    (folder / "first/model.safetensors").write_text("made anew")
+    runs, told = counted()
+    assert runs == ["first"] and "second: it is no longer the run of the plan (init: the file changed). Its scores are not in this report." in told
+    (folder / "first/model.safetensors").write_text("first")
+    good = json.loads((folder / "first/status.json").read_text())
+    write_status(folder / "first", good | dict(state="failed", reason="ValueError"))
+    runs, told = counted()
+    assert runs == [] and "starts from first, which is not complete" in told
+    write_status(folder / "first", good)
+    write_photo(tmp_path / "data/before.png", np.full((8, 8, 3), 0.4, np.float32))
+    runs, told = counted()
+    assert runs == [] and "pairs: the photos changed" in told
+
+
+def test_a_grid_of_seeds_repeats_a_configuration(tmp_path):
+    folder = planned_and_done(tmp_path, "recipe: hdrnet_512\nruns: {small-seed_1: {}}\ngrid: {lr: [1e-3, 1e-2], seed: [0, 1]}\nfolds: 2\n")
+    summary = table(read_study(folder)).set_index("configuration")
+    assert set(summary.index) == {"lr 1e-3", "lr 1e-2"}
+    assert (summary.seeds == 2).all() and (summary.folds == 2).all() and (summary.runs == 4).all()
+
+
+def test_attempts_on_other_code_or_machines_are_told(tmp_path):
+    git, environment = dict(commit="a" * 40, dirty=False), dict(python="3.11.7", cpu="a CPU", gpu="", threads="1", packages=dict(torch="2.13.0"))
+    tries = dict(same=(git, environment), moved=(git, environment | dict(cpu="another CPU", gpu="H100", threads="2", packages=dict(torch="2.12.0"))), edited=(git | dict(commit="b" * 40, dirty=True, diff="0123456789"), environment), dark=(None, None))
+    runs = []
+    for name, (code, machine) in tries.items():
+        earlier = dict(attempt=1, state="paused", reason="stopped", host="node1", git=code, environment=machine)
+        runs.append(make_run(tmp_path, name, 0.05, -1, axes={}, status=dict(attempt=2, attempts=[earlier], git=git, environment=environment)))
+    results = read_study(plan(tmp_path, runs))
+    told = [t for _, t in account(results)]
+    differ = {t.split(":")[0]: t for t in told if "its attempts differ in" in t}
+    assert set(differ) == {"moved", "edited"} and "commit (bbbbbbbbbb, then aaaaaaaaaa); uncommitted changes (yes, hash 01234567, then none)" in differ["edited"]
+    assert all(f"{w} (" in differ["moved"] for w in ("processor", "GPU", "threads", "version of torch")) and "commit" not in differ["moved"]
+    assert "is not recorded: dark." in " ".join(told) and any("On the same processor, code and number of threads" in t and "to rounding" in t for t in told)
+    rows = what_differs(results)[1]
+    assert rows[rows.what == "commit"].value.tolist() == ["a" * 10, "bbbbbbbbbb, then aaaaaaaaaa"], "what was the same for the last attempt alone is not the same"
+
+
+def test_energy_of_runs_that_overlapped_is_not_added_up(tmp_path):
+    at = lambda a, b, host="node1": dict(started=f"2026-01-01T00:00:{a:02}+00:00", ended=f"2026-01-01T00:00:{b:02}+00:00", host=host)
+    runs = [make_run(tmp_path, n, 0.05, -1, axes={}, status=t) for n, t in dict(a=at(0, 10), b=at(10, 20), c=at(5, 15, "node2")).items()]
+    shown = cost_table(read_study(plan(tmp_path, runs))).data
+    assert "energy, of the whole machine or GPU, 1.5 Wh (3 runs measured)" in shown and "overlapped" not in shown
+    spent = dict(seconds=4.0, cpu_seconds=3.0, peak_memory=2**30, gpu_memory=None, energy_wh=0.25, energy_of="CPU package")
+    killed = at(25, 26) | dict(cost=None, seconds=None, spent=spent, attempt=2, attempts=[at(19, 21) | dict(state="died", spent=spent | dict(peak_memory=2**31))])
+    results = read_study(plan(tmp_path, [*runs, make_run(tmp_path, "d", 0.05, -1, axes={}, state="died", status=killed)]))
+    shown = cost_table(results).data
+    assert "count it each (b, d), so there is no sum" in shown and "Wh (" not in shown, "an earlier attempt counts as well"
+    row = results.runs.set_index("run").loc["d"]
+    assert row.seconds == 8 and row.cpu_seconds == 6 and row.energy_wh == 0.5 and row.peak_memory == 2**31, "what a run took that never completed"
 
 
 def test_torn_files_are_told(tmp_path):

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['REPEATS', 'BASELINES', 'run_folders', 'read_plan', 'read_run', 'toy_study', 'bare_name', 'label_of', 'tidy_scores',
-           'Results', 'read_study', 'judged_size', 'judged', 'same_photos', 'blocks', 'per_photo', 'scores_of',
-           'floor_of', 'against', 'brief', 'change_in_words', 'gamma_verdict', 'table', 'block_title', 'headline_table',
-           'differences', 'wrapping', 'difference_table', 'interrupted', 'surroundings', 'what_differs', 'mismatched',
-           'account', 'account_html', 'flat', 'parameters_of', 'link', 'cost_table', 'publish', 'shortened', 'by_photo',
-           'photo_tables', 'prediction', 'original', 'pictures', 'shown_width', 'as_metrics']
+           'judged_now', 'Results', 'read_study', 'judged_size', 'judged', 'same_photos', 'blocks', 'per_photo',
+           'scores_of', 'floor_of', 'against', 'brief', 'change_in_words', 'gamma_verdict', 'table', 'block_title',
+           'headline_table', 'differences', 'wrapping', 'difference_table', 'interrupted', 'of_attempts',
+           'surroundings', 'changed_on_the_way', 'what_differs', 'mismatched', 'account', 'account_html', 'flat',
+           'parameters_of', 'link', 'overlapped', 'cost_table', 'publish', 'shortened', 'by_photo', 'photo_tables',
+           'prediction', 'original', 'pictures', 'shown_width', 'as_metrics']
 
-# %% ../../nbs/runs/09_compare.ipynb #476887e6
+# %% ../../nbs/runs/09_compare.ipynb #bf07b7f2
 import contextlib, hashlib, html, io, json, os, re
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,9 @@ from ..metrics import METRICS, psnr_of_mse
 from .arms import difference, digits, in_words, signed
 from .page import duration
 from .report import piece, sortable
+from .cost import total_cost
 from .status import environment_info, now, read_status, write_status
+from .study import _slug, _text, load_study
 
 # %% ../../nbs/runs/09_compare.ipynb #112c6933
 def run_folders(
@@ -125,28 +128,32 @@ def _toy_run(run_dir: Path, size: int, fold: int, folds: int):
     write_status(run_dir, dict(state="complete", study="toy", run=run_dir.name, reason="", started=started, ended=now(), seconds=1., attempt=1, host=environment["host"],
                                git=environment.pop("git"), environment=environment, smoke=True))
 
-# %% ../../nbs/runs/09_compare.ipynb #f2593530
+# %% ../../nbs/runs/09_compare.ipynb #d03911ea
 REPEATS = ("fold", "seed", "seeds") # axes over which the runs of a configuration differ; seeds: of runs that take several, dealt out
 BASELINES = ("identity", "gamma", "polynomial")
 
 def bare_name(
-    run: str, # a run's name
+    planned: dict, # a run of the plan
     axes: dict, # its axes
 ) -> str:
-    "The name of a run without its fold and seed."
-    for axis in set(REPEATS) & set(axes): run = re.sub(rf"-{axis}_[^-]+(?=-|$)", "", run)
-    return run
+    "The name of a run without its fold and seed: its name in the study's file, and the other axes."
+    part = lambda axis: "-" + _slug(f"{axis}_{_text(axes[axis])}") # as `autohdr study` names runs
+    if "base" in planned: return planned["base"] + "".join(part(axis) for axis in axes if axis not in REPEATS)
+    name = planned["run"] + "-"
+    for axis in axes:
+        if axis in REPEATS: name = name.replace(part(axis) + "-", "-", 1)
+    return name[:-1]
 
 def label_of(planned: dict, axes: dict) -> str:
     "What to call a configuration: the label of the plan, and the values of the grid that it does not say."
-    label = planned.get("label") or ""
-    if "seeds" in axes: label = label.replace(f", {axes['seeds']}", "").replace(str(axes["seeds"]), "")
-    if "base" in planned: return label or planned["base"] # the plan of `autohdr study` says it all
-    for axis in REPEATS: label = re.sub(rf",? *\b{axis} *[= ] *\d+", "", label)
-    label = label.strip(" ,") or bare_name(planned["run"], axes)
+    label = f", {planned.get('label') or ''}, "
+    for axis in set(REPEATS) & set(axes):
+        for words in (f"{axis} {_text(axes[axis])}", str(axes[axis])): label = label.replace(f", {words}, ", ", ", 1)
+    label = label.strip(", ")
+    if "base" in planned: return label or bare_name(planned, axes) # the plan of `autohdr study` says it all
+    label = label or bare_name(planned, axes)
     said = lambda axis, value: str(value) in label or f"{axis}_" in label
-    more = [f"{axis} {value}" for axis, value in axes.items() if axis not in REPEATS and not said(axis, value)]
-    return ", ".join([label, *more])
+    return ", ".join([label, *(f"{axis} {_text(value)}" for axis, value in axes.items() if axis not in REPEATS and not said(axis, value))])
 
 # %% ../../nbs/runs/09_compare.ipynb #1963b30d
 def tidy_scores(
@@ -167,13 +174,23 @@ def tidy_scores(
         if len(table) and "mse" not in table: table["mse"] = 10.**(-table.psnr/10)
     return scores, baselines
 
-# %% ../../nbs/runs/09_compare.ipynb #035339c7
+# %% ../../nbs/runs/09_compare.ipynb #cd105e8f
+def judged_now(
+    folder, # of the study
+    plan: dict, # as from `read_plan`
+) -> dict: # run to (state, why); why of a complete run: what could not be compared
+    "How the runs of a plan stand by the judgement of `autohdr study`; empty where no such plan is there."
+    if not all((r.get("spec") or {}).get("notebook") for r in plan["runs"]): return {}
+    try: return {t.name: (t.state, t.why) for t in load_study(folder, read=True).tasks}
+    except AutohdrError as e: return {r["run"]: ("complete", f"whether it is the run of the plan could not be compared: {e}") for r in plan["runs"]}
+
+# %% ../../nbs/runs/09_compare.ipynb #875ca217
 @dataclass
 class Results:
     "All that a study's folder says."
     folder: Path
     plan: dict               # as from `read_plan`
-    runs: pd.DataFrame       # a row per run: run, configuration, state, why, and what it cost
+    runs: pd.DataFrame       # a row per run: run, configuration, state, why, unchecked, and what it cost
     found: dict              # run to what `read_run` gave
     scores: pd.DataFrame     # a row per photo, fold, seed and configuration, of the runs that count
     baselines: pd.DataFrame  # the same with a column `model`
@@ -186,11 +203,13 @@ def read_study(
     "Read a study's folder as it stands."
     folder, rows, found, tables = Path(folder), [], {}, dict(scores=[], baselines=[], history=[])
     plan = read_plan(folder)
+    stands = judged_now(folder, plan)
     for planned in plan["runs"]:
         name, one = planned["run"], read_run(folder/planned["run"], planned)
-        axes = planned.get("axes") or one["status"].get("axes") or {}
+        axes, (state, why) = planned.get("axes") or one["status"].get("axes") or {}, stands.get(name, ("", ""))
+        if state == "changed" and one["status"]: one |= dict(state=state, why=f"it is no longer the run of the plan ({why})")
         found[name] = one
-        rows.append(dict(run=name, configuration=label_of(planned, axes), bare=bare_name(name, axes), state=one["state"], why=one["why"], axes=axes, **_cost(one)))
+        rows.append(dict(run=name, configuration=label_of(planned, axes), bare=bare_name(planned, axes), state=one["state"], why=one["why"], unchecked=why if state == "complete" else "", axes=axes, **_cost(one)))
         if not one["history"].empty: tables["history"].append(one["history"].assign(run=name))
         if one["why"]: continue
         for kind, table in zip(("scores", "baselines"), tidy_scores(one, axes)): tables[kind].append(table.assign(run=name))
@@ -200,7 +219,7 @@ def read_study(
     strangers = sorted({f.name for f in run_folders(folder)} - set(runs.run))
     return Results(folder, plan, runs, found, named["scores"], named["baselines"], named["history"], strangers)
 
-# %% ../../nbs/runs/09_compare.ipynb #5273f059
+# %% ../../nbs/runs/09_compare.ipynb #99fd22c3
 def _with_arm(labels, arms):
     "Configurations of a run with several arms are told apart."
     return labels if arms is None else [label if not isinstance(a, str) or not a else f"{label}: {a}" for label, a in zip(labels, arms)]
@@ -212,11 +231,11 @@ def _distinct_labels(runs: pd.DataFrame) -> pd.DataFrame:
 
 def _cost(one: dict) -> dict:
     "What a run took, all its attempts together; None where nobody measured it."
-    status, cost = one["status"], one["status"].get("cost") or {}
-    earlier = status.get("attempts") or []
-    seconds = cost.get("seconds", status.get("seconds"))
-    return dict(attempts=max(status.get("attempt") or 0, len(earlier) + 1) if status else 0, seconds=seconds, cpu_seconds=cost.get("cpu_seconds"), peak_memory=cost.get("peak_memory"),
-                gpu_memory=cost.get("gpu_memory"), energy_wh=cost.get("energy_wh"), energy_of=cost.get("energy_of") or "", host=status.get("host", ""))
+    status, earlier = one["status"], one["status"].get("attempts") or []
+    cost = status.get("cost") or total_cost([a["spent"] for a in (*earlier, status) if a.get("spent")]) # of one that was killed, what it took until then
+    seconds = status.get("seconds") if cost.get("seconds") is None else cost["seconds"]
+    return dict(attempts=max(status.get("attempt") or 0, len(earlier) + 1) if status else 0, seconds=seconds, **{k: cost.get(k) for k in ("cpu_seconds", "peak_memory", "gpu_memory", "energy_wh")},
+                energy_of=cost.get("energy_of") or "", host=status.get("host", ""))
 
 # %% ../../nbs/runs/09_compare.ipynb #6c19d69a
 def judged_size(
@@ -440,7 +459,7 @@ def difference_table(changes: pd.DataFrame, to: str):
     shown["L1 in words"] = [reading(w) for w in changes.l1_words]
     return piece(wrapping(shown, f"Against {to}. Paired: the same photos in the same folds; the interval allows for training sets that overlap.").data + why)
 
-# %% ../../nbs/runs/09_compare.ipynb #d21aa908
+# %% ../../nbs/runs/09_compare.ipynb #11c18580
 def _names(runs, most: int = 4) -> str:
     "A few names, and how many more."
     runs = list(runs)
@@ -459,14 +478,35 @@ def interrupted(results: Results) -> pd.DataFrame: # run, attempts, what happene
         if tries > 1: rows.append(dict(run=run, state=one["state"], attempts=tries, earlier="; ".join(f"{e.get('state')}: {e.get('reason') or 'no reason recorded'}" for e in earlier) or "not recorded"))
     return pd.DataFrame(rows, columns=["run", "state", "attempts", "earlier"])
 
+def _machine_and_code(attempt: dict, one: dict) -> dict: # name to text
+    "What an attempt ran on; nothing where that is not recorded."
+    env, git = attempt.get("environment") or {}, attempt.get("git") or {}
+    if not env and not git: return {}
+    mark = (git.get("diff") or (one.get("changes", "") if attempt is one["status"] else ""))[:8]
+    dirty = "none" if not git.get("dirty") else f"yes, hash {mark}" if mark else "yes"
+    threads = one["parameters"].get("threads") or env.get("threads") or (f"as many as cores, {env['cores']}" if "cores" in env else "")
+    return {"commit": git.get("commit", "")[:10], "uncommitted changes": dirty if git else "", "processor": env.get("cpu", ""), "GPU": env.get("gpu") or "none", "threads": str(threads),
+            "python": env.get("python", ""), "system": env.get("system", "")} | {f"version of {k}": v for k, v in (env.get("packages") or {}).items()}
+
+def of_attempts(one: dict) -> dict: # name to the list of different values, in the order of the attempts
+    "What the attempts of a run ran on, as far as that is recorded: code and machine."
+    attempts = [a for attempt in (*(one["status"].get("attempts") or []), one["status"]) if (a := _machine_and_code(attempt, one))]
+    return {k: list(dict.fromkeys(a.get(k, "") for a in attempts)) for k in dict.fromkeys(k for a in attempts for k in a)}
+
 def surroundings(one: dict) -> dict: # name to text
-    "What a run's numbers depend on besides its parameters."
+    "What a run's numbers depend on besides its parameters; of several attempts, each value once."
     status = one["status"]
-    env, git = status.get("environment") or {}, status.get("git") or {}
-    dirty = "none" if not git.get("dirty") else f"yes, hash {one['changes']}" if one.get("changes") else "yes"
-    out = {"commit": git.get("commit", "")[:10], "uncommitted changes": dirty if git else "", "host": status.get("host", ""), "device": env.get("gpu") or env.get("cpu", ""), "python": env.get("python", ""), "system": env.get("system", "")}
-    out |= {f"version of {k}": v for k, v in (env.get("packages") or {}).items()} | {f"content of {k}": v for k, v in (status.get("inputs") or {}).items()}
-    return out | {"smoke run": "yes" if status.get("smoke") else "no"}
+    hosts = dict.fromkeys(h for a in (*(status.get("attempts") or []), status) if (h := a.get("host")))
+    out = {"host": ", then ".join(hosts)} | {k: ", then ".join(v for v in values if v) for k, values in of_attempts(one).items()}
+    return out | {f"content of {k}": v for k, v in (status.get("inputs") or {}).items()} | {"smoke run": "yes" if status.get("smoke") else "no"}
+
+_BITWISE = ("commit", "uncommitted changes", "processor", "GPU", "version of torch", "threads") # the same in all attempts: the same weights
+
+def changed_on_the_way(
+    one: dict, # from `read_run`
+) -> list: # of texts
+    "In what the attempts of a run differ that its weights depend on."
+    return [f"{k} ({', then '.join(v or 'not recorded' for v in values)})" for k, values in of_attempts(one).items() if k in _BITWISE and len(values) > 1]
 
 # %% ../../nbs/runs/09_compare.ipynb #4ffb5dac
 def what_differs(
@@ -493,7 +533,7 @@ def mismatched(results: Results) -> list: # of sentences
         if abs(said - ours) > 1e-6: out.append(f"{run}: its metrics.json says L1 {said:.4f}, its photos say {ours:.4f}; the photos count here")
     return out
 
-# %% ../../nbs/runs/09_compare.ipynb #df5f1135
+# %% ../../nbs/runs/09_compare.ipynb #a2a99ca3
 def account(
     results: Results,
 ) -> list: # of (good, sentence)
@@ -502,9 +542,13 @@ def account(
     states = runs.state.value_counts()
     out = [(len(runs) == (runs.why == "").sum(), f"{_count(len(runs))} {'planned' if results.plan.get('planned', True) else 'found (no plan)'}: " + ", ".join(f"{n} {state}" for state, n in states.items()) + ".")]
     out += [(False, f"{r.run}: {r.state if r.state not in r.why else ''}{': ' if r.state not in r.why else ''}{r.why.rstrip('.')}. Its scores are not in this report.") for r in runs[runs.why != ""].itertuples()]
+    for why, rows in runs[(runs.why == "") & (runs.unchecked != "")].groupby("unchecked", sort=False): out.append((False, f"{_names(rows.run)}: counted as {'it is' if len(rows) == 1 else 'they are'}, but {why.rstrip('.')}."))
     tries = interrupted(results)
     out += [(True, f"{r.run} took {r.attempts} attempts ({r.earlier}).") for r in tries.itertuples()]
-    if len(tries): out.append((True, f"{_count(len(tries))} interrupted or retried, {_count(int((tries.attempts - 1).sum()), 'time')} in all; a resumed run ends with the same weights as an undisturbed one, and its time and energy count all attempts."))
+    if len(tries): out.append((True, f"{_count(len(tries))} interrupted or retried, {_count(int((tries.attempts - 1).sum()), 'time')} in all; time and energy count all attempts. On the same processor, code and number of threads a resumed run ends with the same weights as an undisturbed one, bit for bit; on a GPU to rounding."))
+    out += [(False, f"{run}: its attempts differ in {'; '.join(words)}: an undisturbed run may end with other weights.") for run in tries.run if (words := changed_on_the_way(results.found[run]))]
+    dark = [run for run in tries.run if any(not (a.get("git") or a.get("environment")) for a in results.found[run]["status"].get("attempts") or [{}])]
+    if dark: out.append((False, f"On which code and machine earlier attempts ran is not recorded: {_names(dark)}."))
     same, differ = what_differs(results)
     told = lambda rows: "; ".join(f"{r.value} ({r.number}" + (")" if r.number == rows.number.max() and r.number > 4 else f": {r.runs})") for r in rows.itertuples())
     out += [(False, f"The runs differ in {what}: {told(rows)}.") for what, rows in differ.groupby("what", sort=False)]
@@ -546,7 +590,7 @@ def parameters_of(
     rows = [dict(configuration=c, **{k: p.get(k) for k in names if k not in common}) for c, p in per.items()]
     return common, pd.DataFrame(rows, dtype=object) # a whole number stays one beside a missing value
 
-# %% ../../nbs/runs/09_compare.ipynb #53fe6b93
+# %% ../../nbs/runs/09_compare.ipynb #789a924a
 def link(
     run_dir: Path, # of a run
     start, # folder of the page that links to it
@@ -554,6 +598,14 @@ def link(
     "The address of a run's report."
     file = Path(run_dir)/"report.html"
     return Path(os.path.relpath(file.resolve(), Path(start).resolve())).as_posix() if file.exists() else ""
+
+def overlapped(
+    results: Results,
+) -> list: # of runs
+    "Runs that worked while another one did on the same machine: what was measured of the machine is in both."
+    spans = [(run, a.get("host") or one["status"].get("host"), a["started"], a.get("ended") or a.get("heartbeat") or a["started"])
+             for run, one in results.found.items() if one["status"] for a in (*(one["status"].get("attempts") or []), one["status"]) if a.get("started")]
+    return sorted({run for run, host, start, end in spans for other, there, begin, over in spans if other != run and host == there and start < over and begin < end}) # times are all UTC, and sort as texts
 
 def cost_table(
     results: Results,
@@ -566,7 +618,9 @@ def cost_table(
                           "GPU memory, GiB": known("gpu_memory").map(gib), "energy, Wh": known("energy_wh"), "energy of": runs.energy_of, "host": runs.host})
     shown = shown.drop(columns=[c for c in shown if c not in ("run", "state") and (shown[c].isna() | (shown[c] == "")).all()])
     sums = [_count(len(runs)), f"{duration(known('seconds').sum())} in all ({_count(known('seconds').notna().sum())} measured)"]
-    if known("energy_wh").notna().any(): sums.append(f"energy {known('energy_wh').sum():.3g} Wh ({_count(known('energy_wh').notna().sum())} measured)")
+    measured, together = runs.run[known("energy_wh").notna()], overlapped(results)
+    if len(measured) and set(measured) & set(together): sums.append(f"energy is of the whole machine or GPU; runs that overlapped count it each ({_names(together)}), so there is no sum")
+    elif len(measured): sums.append(f"energy, of the whole machine or GPU, {known('energy_wh').sum():.3g} Wh ({_count(len(measured))} measured)")
     if known("peak_memory").notna().any(): sums.append(f"largest peak {gib(known('peak_memory').max()):.2f} GiB")
     return sortable(shown, "; ".join(sums) + ". All attempts of a run together; times of a machine that also did other work.", links={} if start is None else dict(run=[link(results.folder/r, start) for r in runs.run]))
 
