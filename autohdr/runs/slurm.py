@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['OVER', 'LAG', 'find_profile', 'read_profile', 'resources', 'batch_options', 'plan_arrays', 'array_lines',
            'SlurmError', 'ask', 'cluster_name', 'read_jobs', 'last_words', 'how_ended', 'tell', 'settle', 'job_states',
-           'this_job', 'why_signalled', 'why_not_again', 'requeue', 'work', 'report', 'submit', 'wait', 'cancel']
+           'this_job', 'why_signalled', 'why_not_again', 'requeue', 'work', 'report', 'submit', 'check_active',
+           'report_of', 'wait', 'cancel']
 
 # %% ../../nbs/runs/07_slurm.ipynb #5e1a000c
 import contextlib, fcntl, json, os, re, shlex, signal, subprocess, sys, threading, time
@@ -79,8 +80,11 @@ def resources(
         if less: words.append(f"{key} {most} instead of {want}")
     return got, words
 
-# %% ../../nbs/runs/07_slurm.ipynb #b746ba38
-_AGAIN = ["code=$?", "# whoever killed the process, the run goes on; `work` counts how often", 'if [ $code = 137 ] && [ "$(timeout 20 squeue -h -j $SLURM_JOB_ID -o %T)" = RUNNING ]; then', "  timeout 60 scontrol requeue $SLURM_JOB_ID", "fi", "exit $code"]
+# %% ../../nbs/runs/07_slurm.ipynb #81ec0f40
+def _again(requeues: int) -> list: # of shell lines
+    "A process that was killed goes back into the queue, so many times."
+    return ["code=$?", 'if [ $code = 137 ] && [ "$(timeout 20 squeue -h -j $SLURM_JOB_ID -o %T)" = RUNNING ]; then', # whoever killed it; `work` counts more closely
+            f"  if [ ${{SLURM_RESTART_COUNT:-0}} -lt {requeues} ]; then timeout 60 scontrol requeue $SLURM_JOB_ID", f'  else echo "autohdr: killed, and not started again: it was {requeues} times"; fi', "fi", "exit $code"]
 
 def batch_options(
     profile: dict, # from `read_profile`
@@ -94,7 +98,7 @@ def batch_options(
     "How submitit is told about a job."
     gres, gpus = profile.get("gres", ""), int(got["gpus"])
     if _minutes(got["time"])*60 < profile["warning"] + 50: raise AutohdrError(f"{profile.get('file', 'profile')}: a time of {got['time']} is too short for a warning of {profile['warning']} s.")
-    out = dict(job_name=name, time=_minutes(got["time"]), cpus_per_task=int(got["cpus"]), signal_delay_s=profile["warning"], setup=profile["setup"], teardown=_AGAIN, stderr_to_stdout=True, wckey=None,
+    out = dict(job_name=name, time=_minutes(got["time"]), cpus_per_task=int(got["cpus"]), signal_delay_s=profile["warning"], setup=profile["setup"], teardown=_again(profile["requeues"]), stderr_to_stdout=True, wckey=None,
                srun_args=[f"--cpus-per-task={got['cpus']}"], dependency=after or None, array_parallelism=limit or 1000, **{k: profile.get(k) for k in ("partition", "account", "qos", "constraint", "exclude")})
     if gpus: out |= dict(gres=f"{gres}:{gpus}") if gres else dict(gpus_per_node=gpus)
     more = {"requeue": True, "kill-on-invalid-dep": "yes", "comment": token, "chdir": str(folder)} | (dict(mem=got["memory"]) if got["memory"] else {})
@@ -167,12 +171,14 @@ def ask(
     if answer.returncode: raise SlurmError(f"{shlex.join(command[:3])}: {'; '.join((answer.stderr or answer.stdout).strip().splitlines()) or f'exit code {answer.returncode}'}")
     return answer.stdout
 
-# %% ../../nbs/runs/07_slurm.ipynb #f63a15da
+# %% ../../nbs/runs/07_slurm.ipynb #1fab8709
 OVER = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT", "GONE")
 
-def _queue() -> dict: # job to (state, reason, node, token)
-    "All our jobs that the controller remembers."
-    rows = [line.split("|", 4) for line in ask("squeue", "-h", "-r", "--me", "-t", "all", "-o", "%i|%T|%r|%N|%k").splitlines()]
+def _queue(
+    users: set, # numbers of accounts
+) -> dict: # job to (state, reason, node, token)
+    "All jobs of these users that the controller remembers."
+    rows = [line.split("|", 4) for line in ask("squeue", "-h", "-r", "-u", ",".join(map(str, sorted(users))), "-t", "all", "-o", "%i|%T|%r|%N|%k").splitlines()]
     return {r[0]: tuple(r[1:]) for r in rows if len(r) == 5}
 
 def _accounting(jobs: list, since: str) -> dict: # job to (state, reason, node)
@@ -187,10 +193,21 @@ def cluster_name() -> str:
     found = re.search(r"^ClusterName\s*=\s*(\S+)", ask("scontrol", "show", "config"), re.M)
     return found[1] if found else ""
 
-# %% ../../nbs/runs/07_slurm.ipynb #b75d34e8
+# %% ../../nbs/runs/07_slurm.ipynb #91cf33c4
+_TOO_LATE = re.compile("Invalid job id|already complet", re.I)
+
+def _end(jobs: list):
+    "scancel; a `SlurmError` with the `jobs` that SLURM did not end."
+    try: ask("scancel", *jobs, seconds=60)
+    except SlurmError as e:
+        refused = [line for line in str(e).partition(": ")[2].split("; ") if not _TOO_LATE.search(line)]
+        e.jobs = [j for j in jobs if any(re.search(rf"job id {j}\b", line) for line in refused)] or jobs # where it names none, it means all
+        if refused: raise
+
+# %% ../../nbs/runs/07_slurm.ipynb #3d4324d5
 def read_jobs(
     folder, # of a study
-) -> dict: # runs: {run: {job, token, log, submitted, [state, node, cancelled]}}, report (the same or None), cluster
+) -> dict: # runs: {run: {job, token, log, user, submitted, [state, node, cancelled]}}, report (the same or None), cluster
     "What was submitted."
     try: return json.loads((Path(folder)/"jobs.json").read_text(encoding="utf-8"))
     except FileNotFoundError: return dict(cluster="", runs={}, report=None)
@@ -210,6 +227,8 @@ def _changing(folder):
 def _entries(jobs: dict) -> dict: # run to its entry; the report is 'compare'
     "All jobs of a study."
     return {**jobs["runs"], **({"compare": jobs["report"]} if jobs["report"] else {})}
+
+def _mine(entry: dict) -> bool: return entry.get("user", os.getuid()) == os.getuid()
 
 # %% ../../nbs/runs/07_slurm.ipynb #95981e97
 _BEGIN = "autohdr: begin"
@@ -277,11 +296,11 @@ def settle(
     write_status(run_dir, status | dict(reason=at, ended=status["heartbeat"], kernel_pid=None))
     tell(run_dir, words or "the job is over, and nobody says why", state=state or ("terminated" if words in _OTHERS else "died"))
 
-# %% ../../nbs/runs/07_slurm.ipynb #e72d8455
+# %% ../../nbs/runs/07_slurm.ipynb #45b94cc3
 def _look(entries: dict, cluster: str) -> dict: # run to (state, reason, node)
     "What SLURM says of these jobs now."
     try:
-        queue, out = _queue(), {}
+        queue, out = _queue({e.get("user", os.getuid()) for e in entries.values()}), {}
         for run, e in entries.items():
             if (found := queue.get(e["job"])) and e["token"] in found[3]: out[run] = found[:3]
         lost = {run: e for run, e in entries.items() if run not in out}
@@ -301,15 +320,16 @@ def job_states(
         state, reason, node = found.get(run) or (e["state"], e.get("reason", ""), e.get("node", ""))
         if run in found and state in OVER: reason = _over(Path(folder), run, e, state, reason)
         rows.append(dict(run=run, job=e["job"], slurm_state=state, reason="" if reason == "None" else reason, node=node, log=e["log"]))
-    ended = {r["run"]: r for r in rows if r["run"] in found and r["slurm_state"] in OVER and not _alive(Path(folder)/r["run"], r["job"])}
+    ended = {r["run"]: r for r in rows if r["run"] in found and r["slurm_state"] in OVER and _mine(entries[r["run"]]) and not _alive(Path(folder)/r["run"], r["job"])}
     if ended: _note(folder, ended)
     return pd.DataFrame(rows, columns=["run", "job", "slurm_state", "reason", "node", "log"])
 
-# %% ../../nbs/runs/07_slurm.ipynb #ed691213
+# %% ../../nbs/runs/07_slurm.ipynb #fe3eff80
 def _over(folder: Path, run: str, entry: dict, state: str, reason: str) -> str: # why, in words
     "Settle the run of a job that is over."
     words = how_ended(state, entry["log"], bool(entry.get("cancelled")))
-    settle(folder/run, entry["job"], words)
+    if _mine(entry):
+        with contextlib.suppress(OSError): settle(folder/run, entry["job"], words) # a disk that is full, or may only be read
     if _began(folder/run, entry["job"]) or state == "COMPLETED" or entry.get("cancelled"): return words
     if "Dependency" in reason or (state == "CANCELLED" and not words): return "never started: a run that it needs did not end well"
     return words or _tail(entry["log"]) or reason
@@ -331,7 +351,7 @@ def _alive(run_dir: Path, job: str) -> bool:
 
 def _note(folder, ended: dict):
     "Keep the final states of jobs."
-    with contextlib.suppress(OSError), _changing(folder) as jobs: # somebody else's study can be looked at, too
+    with contextlib.suppress(OSError), _changing(folder) as jobs:
         for run, entry in _entries(jobs).items():
             if run in ended and entry["job"] == ended[run]["job"]: entry |= dict(state=ended[run]["slurm_state"], reason=ended[run]["reason"], node=ended[run]["node"])
 
@@ -450,22 +470,29 @@ def report(
     try: finish(load_study(folder))
     except AutohdrError as e: sys.exit(f"autohdr: {e}") # its folder says the rest
 
-# %% ../../nbs/runs/07_slurm.ipynb #f305785a
+# %% ../../nbs/runs/07_slurm.ipynb #825541f7
 def _executor(place: Path):
-    "submitit's executor, with a time limit for sbatch."
+    "submitit's executor."
     submitit = _submitit()
-    class Executor(submitit.SlurmExecutor):
-        def _make_submission_command(self, file): return ["timeout", "120", "sbatch", str(file)]
     python = f"bash -c 'trap \"\" USR2 TERM; exec \"$@\"' autohdr {shlex.quote(sys.executable)}"
-    return Executor(place, python=python)
+    return submitit.SlurmExecutor(place, python=python)
+
+@contextlib.contextmanager
+def _timed():
+    "While it lasts, submitit gives sbatch two minutes; for arrays it makes an executor of its own, which a subclass would not reach."
+    kind = _submitit().SlurmExecutor
+    before, kind._make_submission_command = kind._make_submission_command, lambda executor, file: ["timeout", "120", "sbatch", str(file)]
+    try: yield
+    finally: kind._make_submission_command = before
 
 def _send(place: Path, options: dict, profile: dict, function, *arguments) -> list: # of submitit's jobs
     "Submit one array."
     executor = _executor(place)
     executor.update_parameters(**options)
-    try: return executor.map_array(function, *arguments)
+    try:
+        with _timed(): return executor.map_array(function, *arguments)
     except Exception as e: # submitit's own, of several kinds
-        said = [line for line in str(e).splitlines() if "sbatch: error" in line] or str(e).splitlines()[-1:]
+        said = [line for line in str(e).splitlines() if "sbatch: error" in line] or str(e).splitlines()[-1:] or ["sbatch did not say why, or not within 120 s"]
         raise SlurmError(f"SLURM did not take the job of profile {profile['file']}: {' '.join(said)}") from None
 
 def _dependency(ok: list, over: list) -> str:
@@ -474,7 +501,7 @@ def _dependency(ok: list, over: list) -> str:
 
 assert _dependency(["1_0", "2"], ["5"]) == "afterok:1_0:2,afterany:5" and _dependency([], []) == ""
 
-# %% ../../nbs/runs/07_slurm.ipynb #5d299126
+# %% ../../nbs/runs/07_slurm.ipynb #aeea79fb
 def _check_needs(tasks: list, active: dict, study):
     "A run whose predecessor is neither complete nor on its way can't start."
     states, sent = {t.name: t.state for t in study.tasks}, {t.name for t in tasks}
@@ -503,12 +530,23 @@ def submit(
         for array in _with_limits(new, profile, jobs): fresh += _submit_array(study, array, profile | dict(retries=retries), place, cluster, ids)
         waits = [j for run, j in ids.items() if run != "compare"]
         if fresh or (waits and "compare" not in active): _submit_report(study, profile, place, waits, active.get("compare"))
-    except SlurmError: # all or nothing
-        if fresh: cancel(study.folder, fresh)
+    except BaseException as e: # all or nothing, at Ctrl-C too
+        if words := _take_back(study.folder, fresh, place.name): raise SlurmError(f"{str(e) or type(e).__name__} {words}") from None
         raise
     return {t.name: ids[t.name] for t in tasks}
 
-# %% ../../nbs/runs/07_slurm.ipynb #8c5b9aaf
+# %% ../../nbs/runs/07_slurm.ipynb #038669d5
+def _take_back(folder: Path, fresh: list, token: str) -> str: # words; empty if SLURM has nothing of it
+    "End what a submission that failed has left, with what SLURM took although sbatch gave up."
+    try:
+        if fresh: cancel(folder, fresh)
+        ours = {e["job"].split("_")[0] for e in _entries(read_jobs(folder)).values()}
+        left = sorted({job.split("_")[0] for job, row in _queue({os.getuid()}).items() if token in row[3] and row[0] not in OVER} - ours)
+        if left: _end(left)
+    except SlurmError as e: return f"Whether SLURM has jobs of it all the same is not known ({e}): look for {token} with squeue --me -o '%i %T %k', and end them with scancel."
+    return f"SLURM had taken it all the same, as job {', '.join(left)}, which was cancelled." if left else ""
+
+# %% ../../nbs/runs/07_slurm.ipynb #18b405e4
 def _with_limits(tasks: list, profile: dict, jobs) -> list:
     "The arrays, after a word on what runs do not get."
     arrays = plan_arrays(tasks, profile, jobs)
@@ -524,19 +562,51 @@ def _submit_array(study, array: dict, profile: dict, place: Path, cluster: str, 
     ids |= {run: job.job_id for run, job in zip(runs, sent)} | {f"array {array['array']}": sent[0].job_id.split("_")[0]}
     with _changing(study.folder) as known:
         known["cluster"] = cluster
-        for run, job in zip(runs, sent): known["runs"][run] = dict(job=job.job_id, token=place.name, log=str(job.paths.stdout), submitted=now(), profile=profile["file"])
+        for run, job in zip(runs, sent): known["runs"][run] = dict(job=job.job_id, token=place.name, log=str(job.paths.stdout), user=os.getuid(), submitted=now(), profile=profile["file"])
     return runs
 
 def _submit_report(study, profile: dict, place: Path, after: list, old: str):
     "Submit the job that makes the report, instead of one that waits already."
-    if old: ask("scancel", old)
+    if old: _end([old])
     got = resources(dict(gpus=0, cpus=2, memory="8G", time="01:00:00"), profile)[0] | {k: v for k, v in profile["report"].items() if k in _AMOUNTS}
-    profile = profile | profile["report"]
+    profile = profile | profile["report"] | dict(requeues=2)
     options = batch_options(profile, got, f"autohdr-{study.name}-report", place.name, study.folder, after=_dependency([], sorted({j.split("_")[0] for j in after})))
     sent = _send(place, options, profile, report, [str(study.folder)])[0]
-    with _changing(study.folder) as known: known["report"] = dict(job=sent.job_id, token=place.name, log=str(sent.paths.stdout), submitted=now(), profile=profile["file"])
+    with _changing(study.folder) as known: known["report"] = dict(job=sent.job_id, token=place.name, log=str(sent.paths.stdout), user=os.getuid(), submitted=now(), profile=profile["file"])
 
-# %% ../../nbs/runs/07_slurm.ipynb #ffb85c52
+# %% ../../nbs/runs/07_slurm.ipynb #41952076
+def _changes(run: str, was: dict, plan: dict) -> str: # empty if nothing that matters
+    "In what a run of study.json differs from the plan."
+    if run not in plan: return "is no run of the study any more"
+    old, new = was["parameters"], json.loads(json.dumps(plan[run].parameters, default=str))
+    differ = [f"{k} is {old.get(k, 'unknown')} there, and would be {new.get(k, 'unknown')} now" for k in {**old, **new} if (k in old, old.get(k)) != (k in new, new.get(k))]
+    if Path(was["notebook"]).name != plan[run].notebook.name: differ.insert(0, f"the notebook is {was['notebook']} there, and would be {plan[run].notebook} now")
+    return ", ".join(differ)
+
+def check_active(
+    study, # `autohdr.runs.study.Study`, before it is written to its folder
+):
+    "Refuse a plan that would change runs which SLURM has already."
+    try: stored = {r["run"]: r["spec"] for r in json.loads((study.folder/"study.json").read_text(encoding="utf-8"))["runs"]}
+    except FileNotFoundError: return
+    if not (study.folder/"jobs.json").exists(): return
+    plan = {t.name: t.spec for t in study.tasks}
+    active = [r for r in job_states(study.folder).itertuples() if r.slurm_state not in OVER and r.run in stored]
+    lines = [f"{r.run}, job {r.job} ({r.slurm_state}): {words}" for r in active if (words := _changes(r.run, stored[r.run], plan))]
+    if lines: raise AutohdrError("SLURM has runs of this study that were submitted otherwise:\n  " + "\n  ".join(lines) + f"\nNothing was changed. End them first, with autohdr cancel {study.folder}, or go on with what was submitted.")
+
+# %% ../../nbs/runs/07_slurm.ipynb #74958bb4
+def report_of(
+    folder, # of a study
+    states: pd.DataFrame, # from `wait` or `job_states`
+) -> Path: # None if the job has made none
+    "The page that the study's last report job has made."
+    entry, page = read_jobs(folder)["report"], Path(folder)/"report.html"
+    state = dict(zip(states.run, states.slurm_state)).get("compare")
+    if not entry or not page.exists() or state not in ("COMPLETED", "GONE"): return None
+    return page if state == "COMPLETED" or page.stat().st_mtime > pd.Timestamp(entry["submitted"]).timestamp() else None
+
+# %% ../../nbs/runs/07_slurm.ipynb #a81cc9c8
 _STUCK = re.compile("Held|launch failed|BadConstraints|Invalid|PartitionTimeLimit|PartitionNodeLimit|PartitionDown|NeverSatisfied|MaxMemPerLimit|MaxCpuPerLimit|AssocMax.*PerJob|QOSMax.*PerJob", re.I)
 
 def _line(folder: Path, row) -> str:
@@ -574,13 +644,19 @@ def _give_up(left: pd.DataFrame, begin: float, seconds, heard: float, patience: 
     here, silent = time.monotonic(), left[left.slurm_state == "UNREACHABLE"]
     if len(silent) and here - heard > patience: raise SlurmError(f"{silent.reason.iloc[0]} For {here - heard:.0f} s nobody knows how {len(silent)} jobs stand. Look again with `autohdr board`.")
     stuck = left[(left.slurm_state == "PENDING") & left.reason.str.contains(_STUCK)]
-    if never := list(stuck[stuck.reason.str.contains("NeverSatisfied")].job): ask("scancel", *never) # where the controller does not do so itself
+    if never := list(stuck[stuck.reason.str.contains("NeverSatisfied")].job): _end(never) # where the controller does not do so itself
     elif len(stuck) == len(left[left.run != "compare"]) > 0:
         words = ", ".join(f"{r.run} (job {r.job}: {r.reason})" for r in stuck.itertuples())
         raise SlurmError(f"What is left will not start by itself: {words}. `scontrol show job` says more; `autohdr cancel` ends them.")
     if seconds is not None and here - begin > seconds: raise SlurmError(f"After {seconds:g} s these jobs are not over: {', '.join(left.run)}. They go on; `autohdr board` shows them.")
 
-# %% ../../nbs/runs/07_slurm.ipynb #98d1acae
+# %% ../../nbs/runs/07_slurm.ipynb #e78b5639
+def _mark(folder, ids: list, time_):
+    "Note that `autohdr cancel` ends these jobs, or that it did not."
+    with _changing(folder) as jobs:
+        for entry in _entries(jobs).values():
+            if entry["job"] in ids: entry["cancelled"] = time_
+
 def cancel(
     folder, # of a study
     runs=None, # names; all if None
@@ -589,9 +665,16 @@ def cancel(
     states = job_states(folder)
     for run in runs or []: check_name(run, set(states.run), f"run of {folder} on SLURM:")
     chosen = [r for r in states.itertuples() if r.slurm_state not in OVER and (not runs or r.run in runs)]
-    with _changing(folder) as jobs:
-        for run, entry in _entries(jobs).items():
-            if any(r.run == run and r.job == entry["job"] for r in chosen): entry["cancelled"] = now()
-    for first in ("compare", None): # the report would start as soon as the others are gone
-        if ids := [r.job for r in chosen if (r.run == "compare") == bool(first)]: ask("scancel", *ids, seconds=60)
+    entries = _entries(read_jobs(folder))
+    for r in chosen:
+        if not _mine(entries[r.run]): raise SlurmError(f"Job {r.job} ({r.run}) was submitted by user {entries[r.run]['user']}, who alone can end it.")
+    try:
+        for first in (True, False): # the report would start as soon as the others are gone
+            ids = [r.job for r in chosen if (r.run == "compare") == first]
+            if ids:
+                _mark(folder, ids, now())
+                _end(ids)
+    except BaseException as e:
+        _mark(folder, getattr(e, "jobs", ids), None)
+        raise
     return [r.run for r in chosen]
