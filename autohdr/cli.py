@@ -399,7 +399,7 @@ def _show_arrays(tasks, profile, jobs):
     from autohdr.runs.slurm import array_lines, read_profile
     print("", *array_lines(tasks, read_profile(profile), jobs), sep="\n")
 
-# %% ../nbs/07_cli.ipynb #19d9930d
+# %% ../nbs/07_cli.ipynb #908309d1
 def _go_on_with(file, where, profile, jobs, smoke, parameter, root):
     "The command that goes on with a study."
     import shlex
@@ -412,15 +412,17 @@ def _submit(study, tasks, profile, jobs, retries, detach):
     from autohdr.runs.study import load_study, only_pool, write_study
     profile = slurm.find_profile(profile)
     with only_pool(study.folder, 0): # none of this machine
+        slurm.check_active(study)
         write_study(study)
         slurm.submit(study, tasks, profile, jobs, retries)
     if detach: return print(f"See how it goes with: autohdr board {study.folder}")
     states = slurm.wait(study)
     study.tasks = load_study(study.folder).tasks
     never = {r.run: ("", r.reason) for r in states.itertuples() if not (study.folder/r.run/"status.json").exists()}
-    rest, page = _not_complete(study, never), study.folder/"report.html"
-    print(f"Report: {page}" if page.exists() else "There is no report: see the job that makes it in `autohdr board`.")
-    if rest or not page.exists(): raise typer.Exit(1)
+    rest, page = _not_complete(study, never), slurm.report_of(study.folder, states)
+    old = f" {study.folder/'report.html'} is of an earlier time." if (study.folder/"report.html").exists() else ""
+    print(f"Report: {page}" if page else f"There is no report: see the job that makes it in `autohdr board`.{old}")
+    if rest or not page: raise typer.Exit(1)
 
 # %% ../nbs/07_cli.ipynb #bbc4e3ce
 def _to_do(tasks, failed) -> list:

@@ -13,8 +13,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from autohdr import cli
 from autohdr.core import AutohdrError
-from autohdr.runs import slurm
+from autohdr.runs import pool, slurm
 from autohdr.runs.status import read_status
 from autohdr.runs.study import load_study, plan, write_study
 from tests.slurm_cluster import cluster, needs_slurm
@@ -309,3 +310,74 @@ def test_no_cluster(tmp_path, monkeypatch):
     with pytest.raises(slurm.SlurmError):
         sweep.submit("a")
     assert time.monotonic() - begin < 60 and not (sweep.folder / "jobs.json").exists()
+
+
+@pytest.fixture
+def answers(tmp_path, monkeypatch):
+    """SLURM's commands, as scripts that log their arguments and answer from a file."""
+    (tmp_path / "bin").mkdir()
+    bodies = dict(squeue=f"cat {tmp_path}/queue", scancel=f"echo $* >> {tmp_path}/cancelled", scontrol="echo 'ClusterName = here'", sacct="exit 1", srun="exit 1", sbatch="exit 1")
+    (tmp_path / "queue").touch()
+
+    def answer(name, body):
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+
+    for name, body in bodies.items():
+        answer(name, body)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    return answer
+
+
+def queued(sweep, **states):
+    """Write down jobs of these runs, as a submission does, and let squeue show them."""
+    lines = []
+    with slurm._changing(sweep.folder) as jobs:
+        jobs["cluster"] = "here"
+        for i, (run, state) in enumerate(states.items()):
+            entry = dict(job=f"12_{i}", token="t", log="", user=os.getuid(), submitted=slurm.now())
+            jobs.update(report=entry) if run == "compare" else jobs["runs"].update({run: entry})
+            lines.append(f"12_{i}|{state}|None||t\n")
+    (sweep.file.parent / "queue").write_text("".join(lines))
+
+
+def test_pending_jobs_are_cancelled(tmp_path, answers):
+    """Runs that have no folder yet, too."""
+    sweep = Sweep(tmp_path, dict(a={}, b={}))
+    queued(sweep, a="PENDING", b="PENDING", compare="PENDING")
+    assert [t.name for t in pool.cancel(sweep.folder, wait=1)] == ["a", "b"]
+    assert (tmp_path / "cancelled").read_text() == "12_2\n12_0 12_1\n"
+
+
+def test_active_jobs_keep_their_parameters(tmp_path, answers):
+    """Another plan is refused here and on the cluster, and study.json stays what it was."""
+    sweep = Sweep(tmp_path, dict(a={}, b={}))
+    queued(sweep, a="PENDING", b="COMPLETED")
+    before = (sweep.folder / "study.json").read_text()
+    changed = plan(sweep.file, sweep.root, values=dict(steps=7))
+    for start in (lambda: pool.run_local(changed), lambda: cli._submit(changed, changed.tasks, sweep.profile, None, 2, True)):
+        with pytest.raises(AutohdrError, match=r"(?s)a, job 12_0 \(PENDING\): steps is 3 there, and would be 7 now.*autohdr cancel") as e:
+            start()
+        assert "b, job" not in str(e.value) and (sweep.folder / "study.json").read_text() == before
+
+
+def test_submission_that_was_heard_all_the_same(tmp_path, answers):
+    """sbatch gives up, but the controller has taken the array: it is ended, since nobody would know of it."""
+    sweep = Sweep(tmp_path, dict(a={}, b={}))
+    answers("sbatch", f"""token=$(sed -n 's/#SBATCH --comment=//p' "$1"); echo "77_[0-1]|PENDING|None||$token" > {tmp_path}/queue; echo 'sbatch: error: Batch job submission failed: Socket timed out' >&2; exit 1""")
+    with pytest.raises(slurm.SlurmError, match="Socket timed out.*as job 77, which was cancelled"):
+        sweep.submit("a", "b")
+    assert (tmp_path / "cancelled").read_text() == "77\n" and not slurm.read_jobs(sweep.folder)["runs"]
+
+
+def test_report_of_an_earlier_time(tmp_path, answers, monkeypatch, capsys):
+    """It is not shown as this study's when the job that makes the report fails."""
+    sweep = Sweep(tmp_path, dict(a={}))
+    queued(sweep, a="COMPLETED", compare="FAILED")
+    page = sweep.folder / "report.html"
+    page.write_text("of an earlier time")
+    monkeypatch.setattr(slurm, "submit", lambda *args: None)
+    with pytest.raises(cli.typer.Exit) as e:
+        cli._submit(sweep.study, sweep.study.tasks, sweep.profile, None, 2, False)
+    out = capsys.readouterr().out
+    assert e.value.exit_code == 1 and "There is no report" in out and f"{page} is of an earlier time" in out
