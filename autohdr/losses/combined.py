@@ -72,7 +72,7 @@ def list_losses() -> pd.DataFrame: # indexed by name: what, terms, missing
     rows |= {n: dict(what=ABOUT[n], terms=" + ".join(f"{w:g} {t}" for t, w in terms.items()), missing=next((missing[t] for t in terms if missing.get(t)), "")) for n, terms in COMBINATIONS.items()}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("loss")
 
-# %% ../../nbs/losses/05_combined.ipynb #f4480731
+# %% ../../nbs/losses/05_combined.ipynb #7a495ffe
 FIRST = 10 # calls
 
 class CombinedLoss(nn.Module):
@@ -89,7 +89,7 @@ class CombinedLoss(nn.Module):
         for name in self.weights: self.register_buffer(f"first_{name}", torch.zeros(())) # by name: another order of the terms is the same loss
         self.register_buffer("calls", torch.zeros(()))
         self.register_buffer("sums", torch.zeros(len(self.weights)), persistent=False)
-        self.over_all = lambda values: values # mean of values over all processes that share a batch; training sets it where there are several
+        self.over_all = lambda values, photos: (values, photos) # mean of values over all processes that share a batch, and their photos; training sets it where there are several
         self.warned = set()
 
     def _apply(self, move, recurse=True): # to another device, networks included; they are no part of the state
@@ -100,10 +100,10 @@ class CombinedLoss(nn.Module):
     def forward(self, pred, target): # N x 3 x H x W each
         if self.sums.device != pred.device: self.to(pred.device)
         values = torch.stack([loss(pred, target) for loss in self.losses.values()])
-        everybodys, first = self.over_all(values.detach()), 1.
+        (everybodys, photos), first = self.over_all(values.detach(), len(pred)), 1.
         if self.normalise: first = self._first_values(everybodys).to(values.dtype)
         terms = {name: weight * value for (name, weight), value in zip(self.weights.items(), values / first)}
-        self.sums += torch.stack([weight * value for weight, value in zip(self.weights.values(), everybodys / first)]).to(self.sums.dtype)
+        self.sums += photos * torch.stack([weight * value for weight, value in zip(self.weights.values(), everybodys / first)]).to(self.sums.dtype)
         return sum(terms.values()), terms
 
 # %% ../../nbs/losses/05_combined.ipynb #03b2de07
