@@ -17,7 +17,7 @@ from .slurm import check_active
 from .status import _gpus, now, read_status, write_status
 from .study import Study, Task, judge, load_study, only_pool, pool_of, run_task, set_aside, write_study
 
-# %% ../../nbs/runs/13_pool.ipynb #2c33a8d3
+# %% ../../nbs/runs/13_pool.ipynb #b8079612
 # jsonschema compiles 38 grammars when it is imported, 1.5 s of every run, for formats that no notebook has; it does without where the package is missing.
 _RUNNER = "import sys; sys.modules['rfc3987_syntax'] = None; from autohdr.runs.pool import run_one; sys.exit(run_one(*sys.argv[1:]))"
 
@@ -32,17 +32,25 @@ def run_one(
         return getattr(e, "exit_code", 1)
     return 0
 
+def _visible() -> list: # of GPUs
+    "Those that this process may use."
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [str(i) for i in range(len(_gpus()))] if given is None else [g for g in given.split(",") if g]
+
 def _slot_gpu(slot: int, task: Task) -> dict:
     "With several GPUs, runs that take one each get one of their own."
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    visible = [str(i) for i in range(len(_gpus()))] if given is None else [g for g in given.split(",") if g]
-    takes = max(task.spec.parameters.get("processes") or 1, int(task.spec.resources.get("gpus", 1)))
+    visible, takes = _visible(), max(task.spec.parameters.get("processes") or 1, int(task.spec.resources.get("gpus", 1)))
     return {"CUDA_VISIBLE_DEVICES": visible[slot % len(visible)]} if len(visible) > 1 and takes == 1 else {}
+
+def _share(task: Task, jobs: int) -> int:
+    "How many runs have the same memory to share (`autohdr.training.memory`)."
+    alone = _slot_gpu(0, task) and task.spec.parameters.get("device") != "cpu"
+    return -(-jobs // len(_visible())) if alone else jobs
 
 def _start(study: Study, task: Task, slot: int, jobs: int) -> subprocess.Popen:
     "Start a run's process."
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    env = {"OMP_NUM_THREADS": str(max(1, cores // jobs)), **os.environ, **_slot_gpu(slot, task), "AUTOHDR_PARENT": str(os.getpid())}
+    env = {"OMP_NUM_THREADS": str(max(1, cores // jobs)), **os.environ, **_slot_gpu(slot, task), "AUTOHDR_PARENT": str(os.getpid()), "AUTOHDR_SHARE": str(_share(task, min(jobs, len(study.tasks))))}
     (study.folder/"_logs").mkdir(exist_ok=True)
     with open(study.folder/"_logs"/f"{task.name}.txt", "w", encoding="utf-8") as log:
         command = [sys.executable, "-c", _RUNNER, str(study.folder), task.name]

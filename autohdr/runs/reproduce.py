@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ELSEWHERE', 'own_notebook', 'own_spec', 'moved', 'numbers', 'compare', 'reproduce']
 
-# %% ../../nbs/runs/10_reproduce.ipynb #46deb856
-import json, math, os, re
+# %% ../../nbs/runs/10_reproduce.ipynb #3734d795
+import contextlib, json, math, os, re
 from pathlib import Path
 import nbformat, pandas as pd, yaml
 from ..core import AutohdrError, write_json
@@ -81,7 +81,7 @@ def compare(
     equal = (table.now == table.then) | (table.now.isna() & table.then.isna() & table.number.isin(a.keys() & b.keys()))
     return table.assign(same=equal | (table.difference.abs() <= tolerance * table.then.abs()))
 
-# %% ../../nbs/runs/10_reproduce.ipynb #27ba59c9
+# %% ../../nbs/runs/10_reproduce.ipynb #c431247d
 ELSEWHERE = 0.02 # relative tolerance where machine, versions or code are not those of the run, and on a GPU, which adds up in another order every time
 
 def _same_data(spec: Spec, then: dict):
@@ -90,6 +90,13 @@ def _same_data(spec: Spec, then: dict):
     found = inputs(spec)
     if changed := [k for k in found if k in (then or {}) and then[k] != found[k]]:
         raise AutohdrError(f"{', '.join(f'{k} ({spec.parameters[k]})' for k in changed)}: the files are not those that the run has read; put those back.")
+
+@contextlib.contextmanager
+def _same_memory(run_dir: Path):
+    "Within it, what the run decided about its memory is decided again: other parts of a batch give other last digits."
+    os.environ["AUTOHDR_MEMORY_PLAN"] = str(run_dir)
+    try: yield
+    finally: del os.environ["AUTOHDR_MEMORY_PLAN"]
 
 def reproduce(
     run_dir, # of a complete run
@@ -108,7 +115,7 @@ def reproduce(
     if threads := status["environment"].get("threads"): os.environ["OMP_NUM_THREADS"] = threads
     differs = moved(status)
     for name, (was, is_now) in differs.items(): print(f"not as it was: {name} was {was or 'not there'}, is {is_now or 'not there'}", flush=True)
-    run(spec, folder=out, overwrite=True)
+    with _same_memory(run_dir): run(spec, folder=out, overwrite=True)
     read = lambda folder: json.loads((folder/"metrics.json").read_text(encoding="utf-8"))
     tolerance = (ELSEWHERE if differs or status["environment"].get("gpu") else 0.) if tolerance is None else tolerance
     table = compare(read(run_dir), read(out), tolerance)
