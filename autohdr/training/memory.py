@@ -342,7 +342,7 @@ def kept_plan(
         if f == file and (Path(run_dir)/"resume.pt").exists(): return plan
         if (plan["device"], plan["shape"], plan.get("recipe")) == (device.type, list(shape), as_asked(recipe)): return plan if f == file else plan | dict(measured=None)
 
-# %% ../../nbs/training/04_memory.ipynb #f23cfa07
+# %% ../../nbs/training/04_memory.ipynb #88ff29e0
 def fit(
     recipe: Recipe,
     dataset: PairDataset, # of training crops
@@ -364,6 +364,7 @@ def fit(
     forget_peak(device)
     return plan
 
+# %% ../../nbs/training/04_memory.ipynb #b777c466
 def new_plan(
     recipe: Recipe,
     device: torch.device,
@@ -382,6 +383,7 @@ def new_plan(
     asked = dict(fit_memory=recipe.fit_memory, checkpointing=bool(recipe.model_config.get("checkpointing", False)))
     return plan | dict(text=text, asked=asked, recipe=as_asked(recipe), device=device.type, precision=recipe.precision, batch_size=recipe.batch_size, shape=list(shape), moved=moved or bool(kept and kept.get("moved")), measured=None)
 
+# %% ../../nbs/training/04_memory.ipynb #8b5ade81
 def follow_plan(
     plan: dict, # from `fit`
     state, # `autohdr.training.state.State`
