@@ -81,7 +81,7 @@ def test_what_is_predicted_is_near_what_is_measured():
     started = [subprocess.Popen([sys.executable, "-c", MEASURE, json.dumps([case])], stdout=subprocess.PIPE, text=True) for case in cases]
     outs = [process.communicate(timeout=300)[0] for process in started]
     found = [json.loads(line.removeprefix("CASE ")) for out in outs for line in out.splitlines() if line.startswith("CASE")]
-    assert len(found) == 2 and all(0.6 < measured / predicted < 1.3 for predicted, measured in found), found
+    assert len(found) == 2 and all(0.6 < measured / predicted < 1.5 for predicted, measured in found), found
     assert found[0][1] < 0.75 * found[1][1]
 
 

@@ -230,7 +230,7 @@ def _entries(jobs: dict) -> dict: # run to its entry; the report is 'compare'
 
 def _mine(entry: dict) -> bool: return entry.get("user", os.getuid()) == os.getuid()
 
-# %% ../../nbs/runs/07_slurm.ipynb #95981e97
+# %% ../../nbs/runs/07_slurm.ipynb #bd2b29fa
 _BEGIN = "autohdr: begin"
 _WHY = {"JOB REQUEUE": "put back into the queue (scontrol requeue)", "PREEMPTION": "preempted by a job of higher priority", "TIME LIMIT": "ended at its time limit",
         "NODE FAILURE": "the node failed", "": "cancelled (scancel)"}
@@ -249,10 +249,11 @@ def last_words(
             text = f.read().decode(errors="replace").rpartition(_BEGIN)[2]
     except OSError: return ""
     if re.search(r"oom.kill|out.of.memory handler", text, re.I): return _STATES["OUT_OF_MEMORY"]
-    found = re.findall(r"\*\*\* (?:JOB|STEP) \S+ ON \S+ CANCELLED AT \S+(?: DUE TO ([A-Z ]+)[^*]*)? \*\*\*", text)
-    if found: return _WHY.get(found[-1].strip(), f"ended due to {found[-1].strip().lower()}")
-    killed = re.findall(r"srun: error: \S+ task \d+: (Killed|Terminated|Aborted|Segmentation fault|Bus error)", text)
-    return f"the job's process ended by a signal ({killed[-1]})" if killed else ""
+    ended = list(re.finditer(r"\*\*\* (?:JOB|STEP) \S+ ON \S+ CANCELLED AT \S+(?: DUE TO ([A-Z ]+)[^*]*)? \*\*\*", text))
+    killed = list(re.finditer(r"srun: error: \S+ task \d+: (Killed|Terminated|Aborted|Segmentation fault|Bus error)", text))
+    if killed and not (ended and ended[0].start() < killed[0].start()): return f"the job's process ended by a signal ({killed[-1][1]})" # what came first is the cause: after a kill the job queues itself again
+    why = (ended[-1][1] or "").strip() if ended else None
+    return "" if why is None else _WHY.get(why, f"ended due to {why.lower()}")
 
 def how_ended(
     state: str, # SLURM's

@@ -261,7 +261,7 @@ def make_spec(
     shown = recipe if recipe in shipped("recipes") and not Path(recipe).is_file() else str(file)
     return Spec(content["notebook"], study, _check_folder_name(name or new_name(smoke), "run"), merged, shown, content["about"], given, smoke, content["resources"], axes or {})
 
-# %% ../../nbs/runs/00_spec.ipynb #9dd0cb20
+# %% ../../nbs/runs/00_spec.ipynb #d19a29a9
 def _hashes(files) -> dict: # file to the first 16 digits of its SHA-256
     "Hashes of files, from the cache where size and time are as they were."
     store = cache_folder()/"hashes.json"
@@ -285,21 +285,21 @@ def _photos_of(source: str) -> dict: # name to file
     files = {f for c in ("before", "after", "window") if c in table for f in table[c] if f}
     return {"": base} | {os.path.relpath(f, base.parent): Path(f) for f in sorted(files)}
 
-def _is_pairs(name: str) -> bool: return name == "pairs" or name.endswith("_pairs")
+def _is_pairs(p: Parameter) -> bool: return is_path(p) and (p.name == "pairs" or p.name.endswith("_pairs"))
 
-# %% ../../nbs/runs/00_spec.ipynb #bbcc996d
+# %% ../../nbs/runs/00_spec.ipynb #a16082ea
 def missing_inputs(
     spec: Spec,
 ) -> list: # of sentences, empty if nothing is missing
     "What a run reads and this machine does not have: a node of a cluster may lack a disk."
     out, declared = [], read_parameters(spec.notebook)
-    named = [(name, v) for name, value in spec.parameters.items() if is_path(declared[name]) or _is_pairs(name) for v in (value if isinstance(value, list) else [value])]
+    named = [(name, v) for name, value in spec.parameters.items() if is_path(declared[name]) for v in (value if isinstance(value, list) else [value])]
     for name, value in named:
         if not isinstance(value, str) or not Path(value).is_absolute(): continue # a word, such as samples or published:NAME
         if not Path(value).exists():
             if not declared[name].help.lower().startswith("folder for"): out.append(f"{name}: there is no {value}")
-        elif _is_pairs(name) and not _photos_of(value): out.append(f"{name}: there is no photo in {value}") # such as a mount point without its disk
-        elif _is_pairs(name) and (gone := [str(f) for f in _photos_of(value).values() if not f.exists()]):
+        elif _is_pairs(declared[name]) and not _photos_of(value): out.append(f"{name}: there is no photo in {value}") # such as a mount point without its disk
+        elif _is_pairs(declared[name]) and (gone := [str(f) for f in _photos_of(value).values() if not f.exists()]):
             out.append(f"{name}: {len(gone)} of the photos in {value} are not there, such as {gone[0]}")
     return out
 
@@ -311,7 +311,7 @@ def inputs(
     for name, value in spec.parameters.items():
         if isinstance(value, list) and is_path(declared[name]): files[name] = {str(i): Path(v) for i, v in enumerate(value) if Path(v).is_file()}
         if not isinstance(value, str) or not value: continue
-        if _is_pairs(name): files[name] = _photos_of(value)
+        if _is_pairs(declared[name]): files[name] = _photos_of(value)
         elif is_path(declared[name]) and Path(value).is_file(): files[name] = {"": Path(value)}
     hashes = _hashes([f for found in files.values() for f in found.values()])
     digest = lambda found: hashlib.sha256(repr(sorted((k, hashes[str(Path(f).absolute())]) for k, f in found.items())).encode()).hexdigest()[:16]
