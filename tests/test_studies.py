@@ -144,7 +144,7 @@ def test_failing_run_and_failing_report(place):
     assert "needs bad, which failed" in out and "the loss is not finite" in out and "Go on with: autohdr study" in out
     assert status(place, "bad")["attempt"] == 1, "what fails would fail again"
     assert "after" in (place / "runs/sweep/report.html").read_text(), "the report is there all the same"
-    assert "1 to run" in finish(start(place, "--failed", "--dry-run"))[1]
+    assert "2 to run" in finish(start(place, "--failed", "--dry-run"))[1], "what failed, and what waited for it"
     toy(place, "bad", GOOD)
     code, out, err = finish(start(place, report=report_recipe(place, "1/0")))
     assert code == 1 and "3 complete" in out and "the report could not be made" in err and "ZeroDivisionError" in err
