@@ -100,7 +100,7 @@ def check_unseen(
         if known := seen_among(seen | dict(photos=[*seen["photos"], *seen.get("chosen", ())]), pairs): raise AutohdrError(f"{len(known)} of the {len(pairs)} photos, such as '{known[0]}', trained {m['file']} or chose its epoch, or are of a property that did: they can't judge it. With folds, every photo trains all models but one; "
                                      "keep some out of all folds, with holdout, and judge the ensemble by these")
 
-# %% ../../nbs/inference/04_ensemble.ipynb #1dcced5f
+# %% ../../nbs/inference/04_ensemble.ipynb #7974adb0
 def gain(
     model: torch.nn.Module, # an ensemble, as `load_model` gives it
     pairs: pd.DataFrame, # photos that none of its members has learnt from; refused otherwise
@@ -130,6 +130,7 @@ def gain_summary(
     return summarise(ours.reset_index()) | dict(single=singles.mean().to_dict(), single_sd=singles[list(METRICS)].std().to_dict(), gain=gains.mean().to_dict(), gain_se=gains.sem().to_dict(),
                                                 members=[name for name in rows.model.unique() if name != "ensemble"], photos=len(ours), tta=bool(tta))
 
+# %% ../../nbs/inference/04_ensemble.ipynb #123f8d89
 def measure(
     file, # an ensemble
     pairs: pd.DataFrame, # photos that none of its members has learnt from

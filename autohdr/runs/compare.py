@@ -459,7 +459,7 @@ def difference_table(changes: pd.DataFrame, to: str):
     shown["L1 in words"] = [reading(w) for w in changes.l1_words]
     return piece(wrapping(shown, f"Against {to}. Paired: the same photos in the same folds; the interval allows for training sets that overlap.").data + why)
 
-# %% ../../nbs/runs/09_compare.ipynb #11c18580
+# %% ../../nbs/runs/09_compare.ipynb #b2959680
 def _names(runs, most: int = 4) -> str:
     "A few names, and how many more."
     runs = list(runs)
@@ -488,6 +488,7 @@ def _machine_and_code(attempt: dict, one: dict) -> dict: # name to text
     return {"commit": git.get("commit", "")[:10], "uncommitted changes": dirty if git else "", "processor": env.get("cpu", ""), "GPU": env.get("gpu") or "none", "threads": str(threads),
             "python": env.get("python", ""), "system": env.get("system", "")} | {f"version of {k}": v for k, v in (env.get("packages") or {}).items()}
 
+# %% ../../nbs/runs/09_compare.ipynb #e6452249
 def of_attempts(one: dict) -> dict: # name to the list of different values, in the order of the attempts
     "What the attempts of a run ran on, as far as that is recorded: code and machine."
     attempts = [a for attempt in (*(one["status"].get("attempts") or []), one["status"]) if (a := _machine_and_code(attempt, one))]

@@ -226,7 +226,7 @@ def _tell(pool: Pool, every: float):
     done = pool.total - len(pool.waiting) - len(pool.children)
     pool.say(f"{done} of {pool.total} done; running: {', '.join(_far(c.task) for c in pool.children) or 'none'}; {len(pool.waiting)} wait")
 
-# %% ../../nbs/runs/13_pool.ipynb #e0b8dc86
+# %% ../../nbs/runs/13_pool.ipynb #cf1b0490
 def _cancelled(pool: Pool):
     "Heed what `autohdr cancel` asks for."
     asked = {f.name for f in (pool.study.folder/"_cancel").glob("*")}
@@ -244,6 +244,7 @@ def _cancelled(pool: Pool):
 def _forget_requests(folder: Path, run: str = "*"):
     for file in (folder/"_cancel").glob(run): file.unlink(missing_ok=True)
 
+# %% ../../nbs/runs/13_pool.ipynb #c64c28fe
 def cancel(
     folder, # of a study
     runs=(), # names; empty: all

@@ -607,7 +607,7 @@ def report_of(
     if not entry or not page.exists() or state not in ("COMPLETED", "GONE"): return None
     return page if state == "COMPLETED" or page.stat().st_mtime > pd.Timestamp(entry["submitted"]).timestamp() else None
 
-# %% ../../nbs/runs/07_slurm.ipynb #a81cc9c8
+# %% ../../nbs/runs/07_slurm.ipynb #0db42434
 _STUCK = re.compile("Held|launch failed|BadConstraints|Invalid|PartitionTimeLimit|PartitionNodeLimit|PartitionDown|NeverSatisfied|MaxMemPerLimit|MaxCpuPerLimit|AssocMax.*PerJob|QOSMax.*PerJob", re.I)
 
 def _line(folder: Path, row) -> str:
@@ -640,6 +640,7 @@ def wait(
             show(f"The jobs go on. `autohdr board {folder.name}` shows them, `autohdr cancel {folder.name}` ends them.")
             raise
 
+# %% ../../nbs/runs/07_slurm.ipynb #19ee7507
 def _give_up(left: pd.DataFrame, begin: float, seconds, heard: float, patience: float):
     "Raise where waiting is of no use."
     here, silent = time.monotonic(), left[left.slurm_state == "UNREACHABLE"]

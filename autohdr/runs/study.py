@@ -146,7 +146,7 @@ def _entries(content: dict, name: str, run: dict):
         full = "-".join([name, *(_slug(f"{axis}_{_text(value)}") for axis, value in axes.items())])
         yield _Entry(name, full, label, recipe, axes, {k: (v, here) for k, v in {**given, **own, **values}.items()}, content["smoke"])
 
-# %% ../../nbs/runs/06_study.ipynb #b56f4c37
+# %% ../../nbs/runs/06_study.ipynb #836e7cf7
 def _family(entry: _Entry, name: str, entries: list, where) -> list: # of entries
     "The runs that `run:NAME` stands for in another run: those with the same values on the axes that both have."
     family = [e for e in entries if e.name == name] or [e for e in entries if e.base == name]
@@ -171,6 +171,7 @@ def _refer(entries: list, where):
             elif isinstance(value, list) and any(map(_is_reference, value)): # all runs of a name
                 entry.values[key] = [e for v in value for e in (_family(entry, v[4:].strip(), entries, where) if _is_reference(v) else [v])], base
 
+# %% ../../nbs/runs/06_study.ipynb #b8b6eb85
 def _change(entry: _Entry, parameters: dict, base: Path, where):
     "Give a run other parameters, but for those that its axes set."
     fixed = entry.axes.keys() | ({"folds"} if "fold" in entry.axes else set())

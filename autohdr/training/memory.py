@@ -149,7 +149,7 @@ def free_memory(
     limits = psutil.virtual_memory().available, cgroup_free(), slurm_free(used=psutil.Process().memory_info().rss)
     return max(0, min(l for l in limits if l is not None))
 
-# %% ../../nbs/training/04_memory.ipynb #08d3fda3
+# %% ../../nbs/training/04_memory.ipynb #6fe5ab34
 def model_config(
     recipe: Recipe,
 ) -> dict: # settings of the model, those of its base included
@@ -179,6 +179,7 @@ def fixed_parts(
 
 def _scans(recipe, config): return "mamba_diffusion" in (recipe.model, config.get("base"))
 
+# %% ../../nbs/training/04_memory.ipynb #9bac0426
 def predict_memory(
     recipe: Recipe,
     config: dict, # of the model
@@ -197,7 +198,7 @@ def predict_memory(
                 validation=top(1, whole, False) if whole else 0)
     return parts | tops | dict(peak=sum(parts.values()) + max(tops.values()))
 
-# %% ../../nbs/training/04_memory.ipynb #70537e08
+# %% ../../nbs/training/04_memory.ipynb #9f5095b4
 MARGIN = 1.1 # what an allocator takes on top
 
 def whole_only(
@@ -223,6 +224,7 @@ def ways(
         n = (n + 1) // 2
         yield on, n
 
+# %% ../../nbs/training/04_memory.ipynb #a69da011
 def enough(
     peak: int, # bytes, predicted
     recipe: Recipe,

@@ -96,7 +96,7 @@ def match_report(
     if share < 0.5: raise AutohdrError(f"{path}: only {share:.1%} of the model's parameters are in it; start from a checkpoint of the same architecture and configuration")
     return f"{path}: {match_lines(table)}"
 
-# %% ../../nbs/training/01_state.ipynb #aa55ceee
+# %% ../../nbs/training/01_state.ipynb #b016a8d8
 def overlap(
     source, # of a base or of starting weights
     recipe: Recipe,
@@ -116,6 +116,7 @@ def all_seen(
     "What several trainings have seen together."
     return {k: sorted({v for t in told for v in t.get(k, ())}) for k in ("photos", "properties", "unknown", "chosen")}
 
+# %% ../../nbs/training/01_state.ipynb #2d92dac9
 def check_input(
     source, # of a base or of starting weights
     recipe: Recipe,
