@@ -16,7 +16,8 @@ from autohdr.training.loop import TrainingDiverged, load_pairs, train
 from autohdr.training.processes import launch
 from autohdr.training.recipe import Recipe, updates_per_epoch
 from tests import team
-from tests.test_stop import TINY, assert_same_run, make_pairs
+from tests.test_stop import TINY, assert_same_run
+from tests.test_training import make_pairs
 
 TWO = TINY | dict(epochs=2, device="cpu", val_every=1)
 TERMS = {"l1": 1.0, "ssim": 0.5, "gradient": 0.2}

@@ -9,21 +9,12 @@ import torch
 import autohdr.training.loop as loop
 from autohdr.core import STOP_FILE, AutohdrError, StopRequested
 from autohdr.models.zoo import load_model
-from autohdr.photo import write_photo
 from autohdr.training.loop import load_pairs, train
 from autohdr.training.recipe import Recipe
+from tests.test_training import make_pairs
 from tests.zoo import SMALL
 
 TINY = dict(size=64, crop=32, model_config={"width": 8}, warmup_epochs=1, lr=3e-3, threads=1)
-
-
-def make_pairs(folder, n, seed):
-    """Small pairs: smooth noise, brightened."""
-    coarse = torch.rand(n, 3, 5, 7, generator=torch.Generator().manual_seed(seed))
-    for i, before in enumerate(torch.nn.functional.interpolate(coarse, (48, 64), mode="bilinear").permute(0, 2, 3, 1).numpy()):
-        write_photo(folder / "before" / f"{i}.png", before)
-        write_photo(folder / "after" / f"{i}.png", before**0.6)
-    return folder
 
 
 @pytest.fixture(scope="module")
