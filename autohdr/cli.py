@@ -91,7 +91,7 @@ def reproduce(
     if len(off): raise AutohdrError(f"{len(off)} of {len(table)} numbers are not the same ({how}).")
     print(f"All {len(table)} numbers are the same, {how}.")
 
-# %% ../nbs/07_cli.ipynb #5818c669
+# %% ../nbs/07_cli.ipynb #e7288e99
 def _steps(source, reference, default=None):
     "The checked steps of post-processing; `default` is the reference where none is given. None where no steps are asked for."
     from autohdr.postprocess.pipeline import read_steps
@@ -110,21 +110,27 @@ def _enhance_with_report(report, given):
     "Edit in a notebook that makes the report; the table of photos."
     import json
     import pandas as pd
-    from autohdr.enhance import check_enhance
+    from autohdr.enhance import check_enhance, say_base
     _check_report_place(report, given["source"], given["out"])
     check_enhance(**given)
-    given = given | {k: Path(given[k]).absolute() for k in ("source", "out", "model")} # a folder named samples is no word for the samples
-    given |= dict(photos=given["source"], steps=json.dumps(given["steps"]) if given["steps"] else "", bit_depth=given["bit_depth"] or 0, format=given["format"] or "")
-    run_dir = _execute_into("enhance", [f"{k}={v}" for k, v in given.items() if k not in ("source", "gamma")], report, report.absolute().name, True)
+    say_base(given["model"])
+    given = given | {k: Path(given[k]).absolute() for k in ("source", "out")} # a folder named samples is no word for the samples
+    given |= dict(photos=given["source"], steps=json.dumps(given["steps"]) if given["steps"] else "", bit_depth=given["bit_depth"] or 0, format=given["format"] or "",
+                  model="" if given["model"] in (None, Path("base")) else given["model"].absolute())
+    run_dir = _execute_into("enhance", [f"{k}={v}" for k, v in given.items() if k not in ("source", "gamma") and v is not None], report, report.absolute().name, True)
     print(f"Report: {run_dir/'report.html'}")
     return pd.read_csv(run_dir/"photos.csv")
 
-# %% ../nbs/07_cli.ipynb #ce48601e
+# %% ../nbs/07_cli.ipynb #59d289ec
 @app.command()
 def enhance(
     source: Annotated[Path, typer.Argument(metavar="PHOTO-OR-FOLDER", help="A photo, or a folder of them, searched with its sub-folders.")],
-    model: Annotated[Path, typer.Option(help="A trained model (model.safetensors of a run).")],
     out: Annotated[Path, typer.Option(help="Folder for the edited photos; the folders within the source are kept.")],
+    model: Annotated[Optional[Path], typer.Option(help="A look, or any trained model (model.safetensors of a run); the base look that ships with autohdr if left out.")] = None,
+    strength: Annotated[Optional[float], typer.Option(min=0, max=1.5, help="Of the look: 0 the photo as it was, 1 the look, up to 1.5. This and the next three: as the look says if left out.")] = None,
+    exposure: Annotated[Optional[float], typer.Option(min=-2, max=2, help="Brighter or darker than the look, in EV.")] = None,
+    warmth: Annotated[Optional[float], typer.Option(min=-1, max=1, help="Warmer or cooler than the look; 1 is 10 b* of a mid grey.")] = None,
+    window_pull: Annotated[Optional[float], typer.Option(min=0, max=1, help="0: windows as the look gives them, 1: the view at the photo's own exposure.")] = None,
     format: Annotated[Optional[str], typer.Option(help="jpg, png, tif or webp; each photo's own if left out.")] = None,
     quality: Annotated[int, typer.Option(min=1, max=100, help="Of JPEG and WebP.")] = 95,
     subsampling: Annotated[str, typer.Option(help="Of a JPEG's colour: 4:4:4, 4:2:2 or 4:2:0.")] = "4:4:4",
@@ -134,16 +140,18 @@ def enhance(
     guard: Annotated[str, typer.Option(help="flag edits that clip, blur or tint more than they may, fix them by blending with the input, or off.")] = "flag",
     postprocess: Annotated[Optional[str], typer.Option(metavar="METHOD-OR-YAML", help="Post-processing: histogram, saturation, windows, several with commas, all, or a YAML file of steps.")] = None,
     reference: Annotated[Optional[Path], typer.Option(help="For the histogram step: a photo or a checkpoint; the model's own training edits if left out.")] = None,
-    strength: Annotated[Optional[float], typer.Option(min=0, max=1, help="Of the post-processing.")] = None,
+    postprocess_strength: Annotated[Optional[float], typer.Option(min=0, max=1, help="Of the post-processing.")] = None,
     report: Annotated[Optional[Path], typer.Option(metavar="FOLDER", help="Make a report in this folder: flagged photos first, with sliders and figures.")] = None,
     gamma: Annotated[Optional[float], typer.Option(help="Exponent on the photo before the model. Only the one that it was trained with is taken, and that comes by itself.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace edits that are there already.")] = False,
 ):
-    "Edit photographs with a trained model, at full size, metadata kept. A photo that fails doesn't stop the rest."
+    "Edit photographs with a look, at full size, metadata kept. A photo that fails doesn't stop the rest."
     from autohdr.enhance import enhance as edit
-    if postprocess is None and (reference or strength is not None): raise AutohdrError("--reference and --strength are of the post-processing: say --postprocess, too.")
-    given = dict(source=source, out=out, model=model, format=format, overwrite=overwrite, device=device, guard=guard, steps=_steps(postprocess, reference, model),
-                 strength=1. if strength is None else strength, gamma=gamma, method=method, quality=quality, subsampling=subsampling, bit_depth=bit_depth)
+    from autohdr.models.zoo import which_look
+    if postprocess is None and (reference or postprocess_strength is not None): raise AutohdrError("--reference and --postprocess-strength are of the post-processing: say --postprocess, too.")
+    given = dict(source=source, out=out, model=model, format=format, overwrite=overwrite, device=device, guard=guard, steps=_steps(postprocess, reference, which_look(model) if postprocess else None),
+                 postprocess_strength=1. if postprocess_strength is None else postprocess_strength, gamma=gamma, method=method, quality=quality, subsampling=subsampling, bit_depth=bit_depth,
+                 strength=strength, exposure=exposure, warmth=warmth, window_pull=window_pull)
     table = _enhance_with_report(report, given) if report else edit(**given)
     if (table.status == "failed").any(): raise typer.Exit(1)
 

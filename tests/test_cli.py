@@ -66,7 +66,7 @@ def test_help_is_quick(tmp_path):
 
 
 @pytest.mark.parametrize("args, exit_code, words", [
-    (["enhnace"], 2, "enhnace"), (["enhance", "a.jpg"], 2, "--model"), (["enhance", "a.jpg", "--model", "m", "--out", "o", "--quality", "200"], 2, "--quality"),
+    (["enhnace"], 2, "enhnace"), (["enhance", "a.jpg"], 2, "--out"), (["enhance", "a.jpg", "--model", "m", "--out", "o", "--quality", "200"], 2, "--quality"),
     (["run", "hdrnte_512"], 1, "Did you mean 'hdrnet_512'"), (["run", "hdrnet_512", "-p", "epcohs=3"], 1, "Did you mean 'epochs'"),
     (["run", "hdrnet_512", "-p", "model=restromer"], 1, "Did you mean 'restormer'"), (["run", "hdrnet_512", "-p", "epochs=0"], 1, "epochs is 0"),
     (["report", "nowhere"], 1, "nowhere"), (["enhance", "a.jpg", "--model", "m", "--out", "o"], 1, "a.jpg"), (["pairs", "nowhere", "--out", "p.csv"], 1, "nowhere"), (["analyse", "no/where", "--out", "a"], 1, "no/where"),

@@ -147,7 +147,7 @@ def test_an_ensemble_edits_photographs_like_any_model(whole, tmp_path):
     file = shutil.copy(whole / "ensemble.safetensors", tmp_path / "alone.safetensors")
     photo = np.random.default_rng(0).random((230, 310, 3), dtype=np.float32) * 0.5
     write_photo(tmp_path / "in/photo.png", photo, bit_depth=16)
-    table = enhance(tmp_path / "in", tmp_path / "out", file, steps="histogram", strength=0.0, guard="off")
+    table = enhance(tmp_path / "in", tmp_path / "out", file, steps="histogram", postprocess_strength=0.0, guard="off")
     assert list(table.status) == ["edited"]
     before, edited = (read_photo(tmp_path / d / "photo.png").pixels for d in ("in", "out"))
     members = [load_model(whole / f"fold_{k}/model.safetensors") for k in range(3)]

@@ -289,7 +289,7 @@ def test_a_good_edit_is_not_flagged(tmp_path, capsys):
 def test_steps_run_between_the_model_and_the_guard(tmp_path, capsys):
     before = read_photo(shutil.copy(SAMPLES.before[3], tmp_path / "a.jpg")).pixels
     model = Times(1.2, LOOK)
-    enhance(tmp_path / "a.jpg", tmp_path / "out", model, "png", steps="all", strength=0.5, guard="off")
+    enhance(tmp_path / "a.jpg", tmp_path / "out", model, "png", steps="all", postprocess_strength=0.5, guard="off")
     stored = dict(step="histogram", reference=from_json(to_json(LOOK)))
     expected = postprocess(np.clip(before * np.float32(1.2), 0, 1), [stored, *ALL[1:]], 0.5)
     assert np.abs(read_photo(tmp_path / "out" / "a.png").pixels - expected).max() < 1 / 255
@@ -330,7 +330,7 @@ def test_what_fails_is_told_and_nothing_half_done(tmp_path, capsys):
 def test_nothing_is_opened_before_all_is_checked(tmp_path, monkeypatch):
     write_photo(tmp_path / "in" / "a.jpg", deep(60))
     monkeypatch.setattr(en, "edit_photo", lambda *a, **k: pytest.fail("a photo was opened"))
-    for wrong, word in ((dict(steps="saturatoin"), "saturation"), (dict(guard="on"), "guard"), (dict(steps="saturation", strength=-1), "strength"), (dict(qualty=3), "quality"), (dict(method="whol"), "whole")):
+    for wrong, word in ((dict(steps="saturatoin"), "saturation"), (dict(guard="on"), "guard"), (dict(steps="saturation", postprocess_strength=-1), "strength"), (dict(qualty=3), "quality"), (dict(method="whol"), "whole")):
         with pytest.raises(AutohdrError, match=word): enhance(tmp_path / "in", tmp_path / "out", Times(1), **wrong)
     assert not (tmp_path / "out").exists()
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RANGES', 'MEANING', 'NEUTRAL', 'MID', 'WARM_KNEE', 'BRIGHT', 'LONG_SIDE', 'REACH', 'RIDGE', 'ROWS', 'Controls',
-           'to_json', 'from_metadata', 'with_strength', 'to_light', 'from_light', 'shoulder', 'shoulder_undone',
-           'warm_gains', 'relight', 'find_views', 'follow_edges', 'pull', 'apply_controls']
+           'to_json', 'from_metadata', 'in_words', 'with_strength', 'to_light', 'from_light', 'shoulder',
+           'shoulder_undone', 'warm_gains', 'relight', 'find_views', 'follow_edges', 'pull', 'apply_controls']
 
 # %% ../../nbs/postprocess/04_controls.ipynb #564294ad
 from dataclasses import asdict, dataclass
@@ -62,6 +62,12 @@ def from_metadata(
     try: own = Controls(**_given(stored, " in the look's metadata"))
     except AutohdrError as e: raise AutohdrError(f"The controls that this look stores can't be used: {e} Write them anew with `autohdr look`.") from None
     return Controls(**to_json(own) | _given(overrides, ""))
+
+# %% ../../nbs/postprocess/04_controls.ipynb #4256ce38
+def in_words(controls: Controls) -> str:
+    "What is not neutral, with its unit; empty where all is."
+    units = {"strength": "{:.0%}", "exposure": "{:+g} EV", "warmth": "{:+g}", "window_pull": "{:.0%}"}
+    return ", ".join(f"{k.replace('_', ' ')} {units[k].format(v)}" for k, v in to_json(controls).items() if v != getattr(NEUTRAL, k))
 
 # %% ../../nbs/postprocess/04_controls.ipynb #b02b264f
 def with_strength(
