@@ -7,7 +7,7 @@ __all__ = ['LUMINANCE', 'WHITE', 'FLOOR', 'NEUTRAL', 'QUANTITIES', 'linear', 'un
            'clipped', 'saturation', 'best_curve', 'local_error', 'Quantity', 'diagnose', 'phrase', 'in_words',
            'diagnosis_table', 'summary']
 
-# %% ../../nbs/learn/01_diagnosis.ipynb #d29cd5c9
+# %% ../../nbs/learn/01_diagnosis.ipynb #07948a18
 import math
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ from ..data.analysis import SIDE
 from ..data.reference import XYZ, to_lab
 from ..data.samples import encode
 from ..data.windows import brightest
-from ..metrics import apply_gamma, check_pair, fit_gamma, l1, psnr
+from ..metrics import apply_gamma, check_pair, fit_gamma, l1
 from ..photo import fit, resize
 from ..postprocess.windows import find_windows
 
@@ -91,7 +91,7 @@ def clipped(
     if not where.any(): return math.nan
     return float((brightest(edit)[where] >= WHITE).mean() - (brightest(target)[where] >= WHITE).mean())
 
-# %% ../../nbs/learn/01_diagnosis.ipynb #0e82d52a
+# %% ../../nbs/learn/01_diagnosis.ipynb #3b3f6bdc
 def saturation(
     edit, target, # h x w x 3 LAB, at equal exposure
     grey, # h x w of bool, near-neutral
@@ -99,7 +99,7 @@ def saturation(
 ) -> float: # ratio less 1; nan where the target has no colour
     "How much more colourful the coloured part of the photo is."
     far = [np.hypot(*(v[..., i] - (v[..., i][grey].mean() if grey.any() else 0) for i in (1, 2))) for v in (edit, target)]
-    coloured = where & (far[1] > 5)
+    coloured = where & (far[1] > 10)
     if coloured.sum() < max(1, .01*where.size): return math.nan
     coloured &= far[1] >= np.median(far[1][coloured])
     return float(far[0][coloured].mean(dtype=np.float64)/far[1][coloured].mean(dtype=np.float64) - 1)
@@ -127,7 +127,7 @@ def local_error(
     left = [np.abs(best_curve(moved[:, c], t[:, c]) - t[:, c]).mean() for c in range(3)]
     return float(min(np.mean(left), np.abs(e - t).mean()))
 
-# %% ../../nbs/learn/01_diagnosis.ipynb #f36eed98
+# %% ../../nbs/learn/01_diagnosis.ipynb #c284e91b
 @dataclass(frozen=True)
 class Quantity:
     "What a number of the diagnosis means."
@@ -148,14 +148,15 @@ QUANTITIES = dict(
     contrast=Quantity("Contrast", "ratio - 1", .15, "contrast {} too low", "contrast {} too high", "Span of grey from the 20th to the 80th percentile of the room at equal exposure, edit over target, minus 1.", ".0%"),
     shadows=Quantity("Shadows", "points", .025, "shadows crushed by {}", "shadows too light by {}", f"5th percentile of grey {_EQUAL}."),
     highlights=Quantity("Highlights", "points", .025, "highlights too dull by {}", "highlights too bright by {}", f"95th percentile of grey {_EQUAL}."),
-    clipped=Quantity("Clipped to white", "share", .01, "", "{} more of the room clipped to white", "Share of the room with a channel at 0.98 or more, edit minus target.", ".0%"),
+    clipped=Quantity("Clipped to white", "share", .03, "", "{} more of the room clipped to white", "Share of the room with a channel at 0.98 or more, edit minus target.", ".0%"),
     saturation=Quantity("Saturation", "ratio - 1", .15, "colours {} too weak", "colours {} too strong", "Distance from grey of what is coloured in the target, at equal exposure, edit over target, minus 1.", ".0%"),
     local=Quantity("Unevenness", "L1", .023, "", "uneven: {} of the error is local", "Mean absolute error of the room that is left after the best change of the whole photo."))
 
-# %% ../../nbs/learn/01_diagnosis.ipynb #ec9fea72
+# %% ../../nbs/learn/01_diagnosis.ipynb #01563e5d
 def _pictures(edit, target, before, window):
     "All at the size at which they are measured, and the window mask."
-    for v in (edit, before): v is None or check_pair(v, target)
+    for v in (edit, before):
+        if v is not None: check_pair(v, target)
     if window is not None and np.shape(window) != target.shape[:2]:
         raise AutohdrError(f"The window mask has shape {np.shape(window)}, expected {target.shape[:2]}.")
     small = [v if v is None else fit(np.clip(v, 0, 1, dtype=np.float32), SIDE) for v in (edit, target, before)]
