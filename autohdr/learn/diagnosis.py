@@ -127,7 +127,7 @@ def local_error(
     left = [np.abs(best_curve(moved[:, c], t[:, c]) - t[:, c]).mean() for c in range(3)]
     return float(min(np.mean(left), np.abs(e - t).mean()))
 
-# %% ../../nbs/learn/01_diagnosis.ipynb #c284e91b
+# %% ../../nbs/learn/01_diagnosis.ipynb #4722aa69
 @dataclass(frozen=True)
 class Quantity:
     "What a number of the diagnosis means."
@@ -141,16 +141,20 @@ class Quantity:
 
 _EQUAL = "of the room at equal exposure, edit minus target"
 QUANTITIES = dict(
-    exposure=Quantity("Exposure", "EV", .13, "{} EV too dark", "{} EV too bright", "log2 of the ratio of mean linear luminance of the room, edit over target; without windows and what is white in either.", ".1f"),
+    exposure=Quantity("Exposure", "EV", .13, "{} EV too dark", "{} EV too bright",
+        "log2 of the ratio of mean linear luminance of the room, edit over target; without windows and what is white in either.", ".1f"),
     exposure_windows=Quantity("Windows", "EV", .25, "windows {} EV too dark", "windows {} EV too bright", "The same inside the windows, white included.", ".1f"),
     cast_a=Quantity("Green to magenta", "a*", 2.3, "{} too green (a*)", "{} too magenta (a*)", f"Mean a* of near-neutral mid-tones {_EQUAL}.", ".0f"),
     cast_b=Quantity("Blue to yellow", "b*", 2.3, "{} too blue (b*)", "{} too yellow (b*)", f"Mean b* of near-neutral mid-tones {_EQUAL}.", ".0f"),
-    contrast=Quantity("Contrast", "ratio - 1", .15, "contrast {} too low", "contrast {} too high", "Span of grey from the 20th to the 80th percentile of the room at equal exposure, edit over target, minus 1.", ".0%"),
+    contrast=Quantity("Contrast", "ratio - 1", .15, "contrast {} too low", "contrast {} too high",
+        "Span of grey from the 20th to the 80th percentile of the room at equal exposure, edit over target, minus 1.", ".0%"),
     shadows=Quantity("Shadows", "points", .025, "shadows crushed by {}", "shadows too light by {}", f"5th percentile of grey {_EQUAL}."),
     highlights=Quantity("Highlights", "points", .025, "highlights too dull by {}", "highlights too bright by {}", f"95th percentile of grey {_EQUAL}."),
     clipped=Quantity("Clipped to white", "share", .03, "", "{} more of the room clipped to white", "Share of the room with a channel at 0.98 or more, edit minus target.", ".0%"),
-    saturation=Quantity("Saturation", "ratio - 1", .15, "colours {} too weak", "colours {} too strong", "Distance from grey of what is coloured in the target, at equal exposure, edit over target, minus 1.", ".0%"),
-    local=Quantity("Unevenness", "L1", .023, "", "uneven: {} of the error is local", "Mean absolute error of the room that is left after the best change of the whole photo."))
+    saturation=Quantity("Saturation", "ratio - 1", .15, "colours {} too weak", "colours {} too strong",
+        "Distance from grey of what is coloured in the target, at equal exposure, edit over target, minus 1.", ".0%"),
+    local=Quantity("Unevenness", "L1", .023, "", "uneven: {} of the error is local",
+        "Mean absolute error of the room that is left after the best change of the whole photo."))
 
 # %% ../../nbs/learn/01_diagnosis.ipynb #01563e5d
 def _pictures(edit, target, before, window):
