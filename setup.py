@@ -37,7 +37,7 @@ setup(
     license="Apache-2.0",
     keywords=cfg["keywords"].split(),
     packages=find_packages(include=["autohdr", "autohdr.*"]),
-    package_data={"autohdr": ["samples/*.csv", "samples/*/*"]},
+    package_data={"autohdr": ["samples/*.csv", "samples/*/*", "looks/*"]},
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
     extras_require=extras,

@@ -139,7 +139,7 @@ def cache_folder() -> Path:
     if own := os.environ.get("AUTOHDR_CACHE"): return Path(own).expanduser().absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute()/"autohdr"
 
-# %% ../nbs/00_core.ipynb #250f003c
+# %% ../nbs/00_core.ipynb #e0561e31
 def as_number(
     value, # what YAML or a command line made of it
     kind: type, # int or float
@@ -147,7 +147,7 @@ def as_number(
     "`value` as an int or float; text such as '1e-4' counts, True does not, and 2.5 is no int."
     if isinstance(value, bool): return None
     try: number = float(value)
-    except (TypeError, ValueError): return None
+    except (TypeError, ValueError, OverflowError): return None # an int may be larger than any float
     if not math.isfinite(number): return None
     return number if kind is float else int(number) if number == int(number) else None
 

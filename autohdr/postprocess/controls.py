@@ -43,14 +43,14 @@ class Controls:
 
 NEUTRAL = Controls()
 
-# %% ../../nbs/postprocess/04_controls.ipynb #d4e7a8c5
+# %% ../../nbs/postprocess/04_controls.ipynb #28d1e19b
 def to_json(controls: Controls) -> dict: # setting to number
     "The settings as a look stores them."
     return asdict(controls)
 
-def _given(settings, origin) -> dict:
+def _given(settings) -> dict:
     "Settings that have a name and a value."
-    for name in settings: check_name(name, RANGES, f"control{origin}")
+    for name in settings: check_name(name, RANGES, "control")
     return {k: v for k, v in settings.items() if v is not None}
 
 def from_metadata(
@@ -59,10 +59,12 @@ def from_metadata(
 ) -> Controls:
     "A look's own settings, or neutral ones, with what is overridden."
     stored = metadata.get("controls") or {}
-    if not isinstance(stored, dict): raise AutohdrError(f"This look's controls are {stored!r}; expected settings such as exposure: 0.2. Write them anew with `autohdr look`.")
-    try: own = Controls(**_given(stored, " in the look's metadata"))
-    except AutohdrError as e: raise AutohdrError(f"The controls that this look stores can't be used: {e} Write them anew with `autohdr look`.") from None
-    return Controls(**to_json(own) | _given(overrides, ""))
+    if not isinstance(stored, dict): raise AutohdrError(f"The controls that this look stores are {repr(stored)[:100]}; expected settings such as exposure: 0.2. Write them anew with `autohdr look`.")
+    try: own = Controls(**_given(stored))
+    except AutohdrError as e:
+        why = "".join(c if c.isprintable() else " " for c in str(e)[:300]) # a stranger's words, and a terminal obeys control characters
+        raise AutohdrError(f"The controls that this look stores can't be used: {why} Write all four anew with `autohdr look`.") from None
+    return Controls(**to_json(own) | _given(overrides))
 
 # %% ../../nbs/postprocess/04_controls.ipynb #4256ce38
 def in_words(controls: Controls) -> str:
