@@ -13,6 +13,7 @@ REFERENCE = Path(__file__).parent / "reference"
 # reduced sizes of each architecture, so that every test takes a moment
 SMALL = {
     "hdrnet": dict(width=8),
+    "look": dict(hidden=16),
     "color_refiner": dict(base="hdrnet", base_config=dict(width=8, small=64), width=8, depth=1),
     "restormer": dict(dim=8, blocks=(1, 1, 1, 1), refinement=1),
     "restormer_study": dict(dim=8, blocks=(1, 1, 1, 1), refinement=1),

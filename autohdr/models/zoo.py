@@ -18,7 +18,7 @@ import autohdr
 from ..core import AutohdrError, atomic_path, check_name
 from ..losses.pixel import l1
 
-# %% ../../nbs/models/02_zoo.ipynb #bc3b4fce
+# %% ../../nbs/models/02_zoo.ipynb #d4f080d6
 @dataclass(frozen=True)
 class Architecture:
     "What a model's name stands for."
@@ -30,6 +30,7 @@ class Architecture:
 
 ARCHITECTURES = {
     "hdrnet": Architecture("hdrnet", "HDRNet", 1, "Gharbi et al., SIGGRAPH 2017"),
+    "look": Architecture("look", "LookNet", 1, "Gharbi et al., SIGGRAPH 2017, with the eyes of Tan & Le, ICML 2019"),
     "restormer": Architecture("restormer", "Restormer", 8, "Zamir et al., CVPR 2022"),
     "restormer_study": Architecture("restormer", "Restormer", 8, "Zamir et al., CVPR 2022, as the study changed it", {"reduce_level1": True}),
     "nafnet": Architecture("nafnet", "NAFNet", 16, "Chen et al., ECCV 2022"),

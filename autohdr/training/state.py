@@ -116,7 +116,7 @@ def all_seen(
     "What several trainings have seen together."
     return {k: sorted({v for t in told for v in t.get(k, ())}) for k in ("photos", "properties", "unknown", "chosen")}
 
-# %% ../../nbs/training/01_state.ipynb #2d92dac9
+# %% ../../nbs/training/01_state.ipynb #912469ed
 def check_input(
     source, # of a base or of starting weights
     recipe: Recipe,
@@ -135,6 +135,7 @@ def starting_model(
         if warning := overlap(source, recipe): print(warning, flush=True)
         check_input(source, recipe)
     model = create_on_base(recipe.model, recipe.base, **recipe.model_config) if recipe.base else create_model(recipe.model, **recipe.model_config)
+    if hasattr(model, "prepare"): model.prepare() # what a new model takes from elsewhere, such as a look's eyes
     if "base" in settings(recipe.model) and not (recipe.base or recipe.init): print(f"careful: {recipe.model} stands on a frozen model of fresh weights; give the recipe a base, or it learns to correct one that has learnt nothing", flush=True)
     if recipe.init:
         table = load_weights(model, recipe.init)
