@@ -153,7 +153,7 @@ def parts(
     sure = trust > .1
     return dict(local_shift=float(np.percentile(length[sure], 90)) if sure.sum() > 2 else float("nan"), local_trust=float(np.median(trust)) if found else float("nan"))
 
-# %% ../../nbs/data/05_analysis.ipynb #291c5e66
+# %% ../../nbs/data/05_analysis.ipynb #0dbbd4bc
 def _fit_of(before, after, g, h, size):
     "How well the two lie on each other."
     motion = align(g, h)
@@ -174,10 +174,11 @@ def measure_pair(
     "Everything that is measured of a pair."
     if before.shape != after.shape: raise AutohdrError(f"Before and after must have one size; these have shapes {before.shape} and {after.shape}.")
     g, h = luma(before), luma(after)
-    out = tone(g, h) | gamma(g, h) | dict(saturation=saturation(after) - saturation(before))
+    out = tone(g, h) | gamma(g, h)
     for side, v, grey in (("before", before, g), ("after", after, h)):
-        names = ("cast", "a", "b", "highlights", "shadows", "sharpness", "look")
-        out |= dict(zip([f"{n}_{side}" for n in names], (*cast(v, grey), *clipped(v), sharpness(grey), look(grey))))
+        names = ("saturation", "cast", "a", "b", "highlights", "shadows", "sharpness", "look")
+        out |= dict(zip([f"{n}_{side}" for n in names], (saturation(v), *cast(v, grey), *clipped(v), sharpness(grey), look(grey))))
+    out["saturation"] = out["saturation_after"] - out["saturation_before"]
     out["window_share"] = float((find_windows(before) if window is None else window).mean())
     return out | slopes(g, h) | parts(g, h) | _fit_of(before, after, g, h, size or g.shape) | tone_curve(g, h)
 

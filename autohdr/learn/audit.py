@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LEVELS', 'DARKER', 'EXCHANGED', 'TRIAL', 'SOME', 'SCATTER', 'CLOSE', 'FINISHED', 'AXES', 'APART', 'CLEAR', 'WIDE',
-           'CHANCE', 'ALIKE', 'SPLIT', 'SAME', 'SMALL', 'FACTS', 'PLAIN', 'REMEDY', 'Finding', 'Audit', 'count',
+           'CHANCE', 'ALIKE', 'SPLIT', 'FAR', 'SAME', 'SMALL', 'FACTS', 'PLAIN', 'REMEDY', 'Finding', 'Audit', 'count',
            'listed', 'stops', 'exchanged', 'uncertainty', 'few', 'edited', 'Axis', 'looks', 'rest', 'cut', 'too_wide',
            'difference', 'example', 'in_words', 'two_looks', 'odd_ones', 'at_odds', 'same_scene', 'join_alike',
            'edited_twice', 'contradictory', 'alike', 'small', 'against', 'left_out', 'unusual', 'files', 'examine',
@@ -133,7 +133,7 @@ def edited(
         f"The befores look finished: {abs(end - start):.1f} EV from the afters in the middle, colour cast {cast[0]:.1f} against {cast[1]:.1f} units of CIELAB.", advice, table["name"].tolist()))
     return out
 
-# %% ../../nbs/learn/00_audit.ipynb #26ebb836
+# %% ../../nbs/learn/00_audit.ipynb #1e5b8355
 @dataclass
 class Axis:
     "A number that says something about the look of a finished photo."
@@ -144,7 +144,7 @@ class Axis:
     digits: int = 1
 
 AXES = dict(level=Axis(.4, "brighter", "darker", " EV"), warmth=Axis(2.5, "yellower", "bluer", " units of b*"), tint=Axis(1.2, "more magenta", "greener", " units of a*"),
-            contrast=Axis(.11, "more contrasty", "flatter", " of the tonal scale", 2))
+            contrast=Axis(.11, "more contrasty", "flatter", " of the tonal scale", 2), saturation=Axis(.08, "more colourful", "paler", " of full saturation", 2))
 
 def looks(
     table: pd.DataFrame, # measures, a row per pair
@@ -153,7 +153,7 @@ def looks(
     out = dict(name=table["name"].to_numpy())
     for side, end in (("before", "_before"), ("after", "")):
         out |= {f"level{end}": stops(table[f"grey_{side}"]), f"warmth{end}": table[f"b_{side}"].to_numpy(float), f"tint{end}": table[f"a_{side}"].to_numpy(float),
-                f"contrast{end}": (table[f"p95_{side}"] - table[f"p5_{side}"]).to_numpy(float)}
+                f"contrast{end}": (table[f"p95_{side}"] - table[f"p5_{side}"]).to_numpy(float), f"saturation{end}": table[f"saturation_{side}"].to_numpy(float)}
     return pd.DataFrame(out).fillna({c: 0. for c in out if c != "name"}) # no mid-tones: no cast
 
 def rest(
@@ -163,8 +163,8 @@ def rest(
     x, y = np.asarray(start, float) - np.mean(start), np.asarray(end, float) - np.mean(end)
     return y - np.clip((x*y).sum()/max((x*x).sum(), 1e-9), 0, 1)*x
 
-# %% ../../nbs/learn/00_audit.ipynb #56c4cdf4
-APART, CLEAR, WIDE, CHANCE = 2.5, 4., 1.5, .005 # usual sd between two looks; sd within them; usual sd that are too many; share of sound sets that may be called wide
+# %% ../../nbs/learn/00_audit.ipynb #e853606f
+APART, CLEAR, WIDE, CHANCE = 2., 4., 1.5, .005 # usual sd between two looks; sd within them; usual sd that are too many; share of sound sets that may be called wide
 
 def cut(
     rests, # a number per pair
@@ -247,7 +247,9 @@ def _two(seen, rests, axis, cuts):
             f"{'though the befores are only' if abs(starts) < .5 else 'even allowing for the befores, which are'} {abs(starts):.1f} EV apart.{in_words(example(seen, axis, one, ~one), axis)}{swapped}")
     return Finding("contradictory", "warn", text, SPLIT, seen["name"][one].tolist())
 
-# %% ../../nbs/learn/00_audit.ipynb #efff8e13
+# %% ../../nbs/learn/00_audit.ipynb #34c36eaf
+FAR = 2.5 # usual sd from which on a single pair goes its own way
+
 def odd_ones(
     seen: pd.DataFrame, # as `looks` gives it
     told=(), # names that another finding tells about already
@@ -260,14 +262,14 @@ def odd_ones(
         said = {}
         for name, axis in AXES.items():
             x, y = others[f"{name}_before"], others[name]
-            left = rest(x, y)
-            slope = float(np.clip(np.polyfit(x, y, 1)[0], 0, 1)) if np.ptp(x) > 1e-6 else 0.
-            off = seen[name].iloc[i] - y.mean() - slope*(seen[f"{name}_before"].iloc[i] - x.mean())
-            if abs(off) >= max(APART*axis.usual, CLEAR*max(left.std(), axis.usual/2)): said[name] = difference(axis, off)
+            end = seen[name].iloc[i] - y.mean()
+            ends = sorted([end, end - seen[f"{name}_before"].iloc[i] + x.mean()]) # slopes 0 and 1: what any slope in between leaves lies in between
+            off = 0 if ends[0] <= 0 <= ends[1] else min(ends, key=abs)
+            if abs(off) >= max(FAR*axis.usual, CLEAR*max(rest(x, y).std(ddof=1), axis.usual/2)): said[name] = difference(axis, off)
         if said: out.append((seen["name"].iloc[i], " and ".join(said.values())))
     if not out: return []
     text = "; ".join(f"the after of '{n}' is {s}" for n, s in out[:4])
-    return [Finding("contradictory", "warn", f"{count(len(out), 'pair')} edited otherwise than the rest: {text} than theirs let expect.", "Look at it, and take it out if it isn't meant so.", [n for n, _ in out])]
+    return [Finding("contradictory", "warn", f"{count(len(out), 'pair')} edited otherwise than the rest: {text} than the others let expect.", "Look at it, and take it out if it isn't meant so.", [n for n, _ in out])]
 
 def at_odds(
     seen: pd.DataFrame, # two or three pairs, as `looks` gives them
@@ -275,7 +277,7 @@ def at_odds(
     "Of two or three pairs: do two start alike and end far apart?"
     for name, axis in AXES.items():
         two = example(seen, name)
-        if two and abs(two[0][name] - two[1][name]) >= (APART + 1)*axis.usual:
+        if two and abs(two[0][name] - two[1][name]) >= 1.2*FAR*axis.usual:
             a, b = two
             text = f"'{a['name']}' and '{b['name']}' start alike ({abs(a.level_before - b.level_before):.1f} EV apart), but the after of '{a['name']}' is {difference(axis, a[name] - b[name])}."
             return [Finding("contradictory", "warn", text, "Look at both, and take out the one that isn't edited as you want.", [a["name"], b["name"]])]
@@ -370,7 +372,7 @@ def small(
     text = f"{count(len(tiny), 'pair')} of {len(pairs)} {'is' if len(tiny) == 1 else 'are'} smaller than {SMALL} px ({listed(tiny['name'])}; the smallest {int(side.min())} px): brightness and colour can be learnt from them, local work hardly."
     return [Finding("small", "warn" if 2*len(tiny) >= len(pairs) else "note", text, "Export them larger, at a long side of 512 px at least.", tiny["name"].tolist())]
 
-# %% ../../nbs/learn/00_audit.ipynb #4c2ab82f
+# %% ../../nbs/learn/00_audit.ipynb #5c5778ac
 FACTS = ("identical", "swapped", "wrong_partner", "alignment", "blur") # rules that hold in a set of any size
 PLAIN = dict(identical="before and after are nearly the same picture", swapped="before and after look exchanged", wrong_partner="before and after show different pictures", alignment="the after is shifted or cropped against the before",
              blur="the before is blurred", inverse_gamma="the mid-tones get harder instead of being lifted", gamma_fit="no one curve explains the edit", gamma="the curve is unlike the others", brightness="it is brightened unlike the others",
@@ -378,12 +380,13 @@ PLAIN = dict(identical="before and after are nearly the same picture", swapped="
 
 def against(
     verdicts: pd.DataFrame, # rows of `judge`'s table that speak against pairs
-    most: int = 6, # pairs that are told in full
+    most: int = 6, # pairs that are told
+    words: int = 2, # reasons per pair, facts first
 ) -> str:
     "Pairs and what speaks against each, in words and figures."
     said = {}
-    for v in verdicts.drop_duplicates(["name", "rule"]).itertuples(): said.setdefault(v.name, []).append(f"{PLAIN[v.rule]} ({explain(v).partition(': ')[2].rstrip('.')})")
-    return ". ".join(f"'{n}': {'; '.join(w)}" for n, w in list(said.items())[:most]) + (f". And {listed(list(said)[most:])}" if len(said) > most else "") + "."
+    for v in verdicts.drop_duplicates(["name", "rule"]).assign(note="").itertuples(): said.setdefault(v.name, []).append(f"{PLAIN[v.rule]} ({explain(v).partition(': ')[2].rstrip('.')})")
+    return ". ".join(f"'{n}': {'; '.join(w[:words])}" for n, w in list(said.items())[:most]) + (f". And {listed(list(said)[most:])}" if len(said) > most else "") + "."
 
 def left_out(
     manifest: pd.DataFrame, # all pairs, with `reasons` and `dropped`
@@ -395,7 +398,7 @@ def left_out(
     words = {r.name: r.dropped.split("; ") for r in gone.itertuples(index=False)}
     why = verdicts[verdicts["drop"].to_numpy() & np.array([r in words.get(n, ()) for n, r in zip(verdicts["name"], verdicts["rule"])], bool)]
     own = [f"'{r.name}': {r.dropped}" for r in gone.itertuples(index=False) if not set(words[r.name]) & set(PLAIN)]
-    text = f"Left out, {len(gone)} of {len(manifest)}. " + " ".join(filter(None, [against(why) if len(why) else "", ". ".join(own[:6]) + "." if own else ""]))
+    text = f"Left out, {len(gone)} of {len(manifest)}. " + " ".join(filter(None, [against(why, words=1) if len(why) else "", ". ".join(own[:6]) + "." if own else ""]))
     many = 3*len(gone) > len(manifest)
     advice = "Most of a set shouldn't have such faults: look whether befores and afters are matched and exported rightly. " if many else ""
     return [Finding("left_out", "warn" if many else "note", text, advice + "Who thinks otherwise keeps a pair by its name (--keep).", gone["name"].tolist())]
