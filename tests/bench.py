@@ -254,7 +254,19 @@ def windows_step(folder):
     return f"windows of 24 megapixels: finding and enhancing takes {step / codec:.1f} times as long as reading and writing the JPEG ({step:.2f} s, {codec:.2f} s), and {over:.2f} GiB over the photo"
 
 
-BENCHES = [ssim_loss, small_read, photo_in_and_out, wide_profile, analysis, histogram_matching, saturation, windows_step, grid_lookup, large_photo, nafnet, darkir, retinexformer, restormer_forward, restormer_training, selective_scan]
+def controls(folder):
+    "All of a photographer's settings at once; the peak is that of a fresh process, over photo and edit and what was loaded before."
+    code = ("import cv2, time; from autohdr.data.samples import sample_pairs; from autohdr.photo import read_photo; from autohdr.postprocess.controls import Controls, apply_controls\n"
+            "small = [read_photo(sample_pairs()[side][6]).pixels for side in ('before', 'after')]; apply_controls(*small, Controls(1.2, .3, .2, .5))\n"
+            "pair = [cv2.resize(v, (6000, 4000), interpolation=cv2.INTER_LINEAR) for v in small]\n"
+            "peak = lambda: int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])\n"
+            "before, cpu, wall = peak(), time.process_time(), time.perf_counter(); apply_controls(*pair, Controls(1.2, .3, .2, .5))\n"
+            "print(time.process_time() - cpu, time.perf_counter() - wall, (peak() - before) / 2**20)")
+    cpu, wall, over = map(float, subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split())
+    return f"strength, exposure, warmth and window pull at 24 megapixels: {cpu:.2f} s of CPU time, {wall:.2f} s wall, {over:.2f} GiB over photo and edit"
+
+
+BENCHES = [ssim_loss, small_read, photo_in_and_out, wide_profile, analysis, histogram_matching, saturation, windows_step, controls, grid_lookup, large_photo, nafnet, darkir, retinexformer, restormer_forward, restormer_training, selective_scan]
 
 if __name__ == "__main__":
     for bench in BENCHES:

@@ -89,7 +89,7 @@ def test_imports_run_one_way():
 
 
 def test_numpy_rooms_need_no_torch():
-    code = "import sys, autohdr.photo, autohdr.metrics, autohdr.data.samples, autohdr.data.analysis; sys.exit('torch' in sys.modules)"
+    code = "import sys, autohdr.photo, autohdr.metrics, autohdr.data.samples, autohdr.data.analysis, autohdr.postprocess.controls; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

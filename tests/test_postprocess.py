@@ -385,13 +385,14 @@ def test_enhance_command_with_a_report(tmp_path, checkpoint, capsys):
     for place in ("green.png", "in/1_green.png"): write_photo(tmp_path / place, tinted(read_photo(SAMPLES.after[12]).pixels, -25, 0))
     (tmp_path / "in" / "cut.jpg").write_bytes((tmp_path / "in" / "3.jpg").read_bytes()[:900])
     (tmp_path / "look.yaml").write_text("- {step: histogram, reference: green.png}\n- {step: saturation, factor: 1.05}\n")
-    args = ["enhance", tmp_path / "in", "--model", checkpoint, "--out", tmp_path / "out", "--postprocess", tmp_path / "look.yaml", "--guard", "fix", "--report", tmp_path / "out" / "report"]
+    args = ["enhance", tmp_path / "in", "--model", checkpoint, "--out", tmp_path / "out", "--postprocess", tmp_path / "look.yaml", "--guard", "fix", "--warmth", "0.02", "--report", tmp_path / "out" / "report"]
     assert run(*args) == 1, "one photo failed"
     said = capsys.readouterr()
     assert said.out.count("FLAGGED") == 2 and "colour cast" in said.out and "cut.jpg" in said.out, said
     folder = tmp_path / "out" / "report"
     table, metrics = pd.read_csv(folder / "photos.csv"), json.loads((folder / "metrics.json").read_text())
     assert read_status(folder)["state"] == "complete" and (metrics["edited"], metrics["failed"], metrics["flagged"]) == (3, 1, 2) and (table["blend"] < 1).sum() == 2
+    assert metrics["controls"] == dict(strength=1, exposure=0, warmth=0.02, window_pull=0), "what the command was told arrives in the notebook"
     page = (folder / "report.html").read_text()
     assert page.rindex("Blended back with the input") < page.rindex("The others") < page.rindex("<h3>1_green.png") and "<h3>12.jpg" in page and "is truncated" in page
     assert page.count('<div class="ah-slider"') == 3 and 'src="http' not in page
