@@ -25,7 +25,7 @@ from ..data.matching import PROBLEMS
 from ..data.pairs import COLUMNS, NoPairs, scan_pairs
 from ..data.samples import decode
 
-# %% ../../nbs/learn/00_audit.ipynb #8aae96f0
+# %% ../../nbs/learn/00_audit.ipynb #7168b746
 LEVELS = ("stop", "warn", "note")
 
 @dataclass
@@ -55,7 +55,7 @@ class Audit:
 
     def lines(self) -> list: # of str
         "The findings for a terminal."
-        return [f"{count(self.found, 'pair')} found, {len(self.pairs)} to learn from"] + [f"{f.level}: {f.text} {f.advice}".strip() for f in self.findings]
+        return [f"{count(self.found, 'pair')} found, " + ("not fit to learn from as they are" if self.stops else f"{len(self.pairs)} to learn from")] + [f"{f.level}: {f.text} {f.advice}".strip() for f in self.findings]
 
     @property
     def found(self) -> int: "Pairs and files that wanted to be one."; return len(set(self.manifest["name"]) | set(self.problems["name"][~self.problems["kept"].astype(bool)]))
@@ -98,7 +98,7 @@ def exchanged(
     if not signs: return [Finding("exchanged", "warn", f"{by}.", "If that isn't how you edit, the folders are exchanged: exchange `before` and `after`.", names)]
     return [Finding("exchanged", "stop", f"{by}, and {' and '.join(signs)}: before and after look exchanged.", "Exchange the two folders (or the columns `before` and `after` of the table) and start again.", names)]
 
-# %% ../../nbs/learn/00_audit.ipynb #f4e7851f
+# %% ../../nbs/learn/00_audit.ipynb #4e6dd607
 TRIAL, SOME, SCATTER = 4, 10, .4 # pairs from which on trials are worth something, and to some degree enough; sd of the error of single photos, of its mean
 
 def uncertainty(n: int) -> float: "Half the 95% interval of a mean error over n photos, of its mean."; return float(t_distribution.isf(.025, n - 1)*SCATTER/math.sqrt(n))
@@ -110,7 +110,7 @@ def few(
     n, more = len(names), "Ten pairs or more, of different rooms, light and lamps, are a good start."
     if n == 0: return [Finding("few", "stop", "No pair is left to learn from.", f"See below why. {more}", [])]
     if n == 1: return [Finding("few", "stop", f"Only one pair is left, {listed(names)}: what is learnt from it can't be tried on another photo.", f"Add pairs. {more}", names)]
-    if n < TRIAL: return [Finding("few", "warn", f"Only {n} pairs are left, {listed(names)}: each trial learns from {n - 1 or 'none'}, and its error is a rough guess.", f"Look at every edited photo, and add pairs. {more}", names)]
+    if n < TRIAL: return [Finding("few", "warn", f"Only {n} pairs are left, {listed(names)}: each trial learns from {n - 1}, and its error is a rough guess.", f"Look at every edited photo, and add pairs. {more}", names)]
     if n >= SOME: return []
     return [Finding("few", "note", f"{n} pairs: the mean error over them is known to about ± {uncertainty(n):.0%}.", f"A smaller difference proves nothing. With 20 pairs it would be ± {uncertainty(20):.0%}.", names)]
 
@@ -247,7 +247,7 @@ def _two(seen, rests, axis, cuts):
             f"{'though the befores are only' if abs(starts) < .5 else 'even allowing for the befores, which are'} {abs(starts):.1f} EV apart.{in_words(example(seen, axis, one, ~one), axis)}{swapped}")
     return Finding("contradictory", "warn", text, SPLIT, seen["name"][one].tolist())
 
-# %% ../../nbs/learn/00_audit.ipynb #34c36eaf
+# %% ../../nbs/learn/00_audit.ipynb #d9a3d845
 FAR = 2.5 # usual sd from which on a single pair goes its own way
 
 def odd_ones(
@@ -269,7 +269,8 @@ def odd_ones(
         if said: out.append((seen["name"].iloc[i], " and ".join(said.values())))
     if not out: return []
     text = "; ".join(f"the after of '{n}' is {s}" for n, s in out[:4])
-    return [Finding("contradictory", "warn", f"{count(len(out), 'pair')} edited otherwise than the rest: {text} than the others let expect.", "Look at it, and take it out if it isn't meant so.", [n for n, _ in out])]
+    level = "warn" if 20*len(out) >= len(seen) else "note" # a few among hundreds pull nobody along
+    return [Finding("contradictory", level, f"{count(len(out), 'pair')} edited otherwise than the rest: {text} than the others let expect.", "Look at it, and take it out if it isn't meant so.", [n for n, _ in out])]
 
 def at_odds(
     seen: pd.DataFrame, # two or three pairs, as `looks` gives them
