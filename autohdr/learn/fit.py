@@ -21,14 +21,14 @@ from ..models.zoo import create_model
 from ..training.recipe import ema_weight
 from ..training.state import make_schedule
 
-# %% ../../nbs/learn/03_fit.ipynb #3a229168
+# %% ../../nbs/learn/03_fit.ipynb #cb26a8a9
 @dataclass(frozen=True)
 class Fit:
     "All that fixes the training of a head, beside its photos and its seed."
     versions: int = 24 # of each photo in the bank
     crop: float = 0.6 # smallest part of each side that a version shows
-    gamma_jitter: float = 0.25 # sd of the natural log of a random exponent on the before alone
-    gain_jitter: float = 0.12 # sd of the natural log of random gains of the before's channels
+    gamma_jitter: float = 0.15 # sd of the natural log of a random exponent on the before alone
+    gain_jitter: float = 0.08 # sd of the natural log of random gains of the before's channels
     side: int = 48 # of the square copies that the loss compares, in pixels
     updates: int = 300
     batch_size: int = 12 # versions per update
