@@ -4,15 +4,14 @@
 
 # %% auto #0
 __all__ = ['LIGHTNESS', 'SIDE', 'CELL', 'BINS', 'STEP', 'REACH', 'NEIGHBOURS', 'FAR', 'SURE', 'PLAIN', 'CALM', 'OWN', 'ALIKE',
-           'MOST_LIGHT', 'MOST_COLOUR', 'TABLE', 'GROUPINGS', 'PAUSE', 'tint', 'gains', 'Patches', 'patches', 'Palette',
-           'palette', 'overlaps', 'colour_steps', 'light_steps', 'Correction', 'agree', 'agree_palettes', 'curve',
-           'apply_correction', 'neutral_spread', 'group_photos']
+           'BRIGHTER', 'DARKER', 'MOST_COLOUR', 'TABLE', 'GROUPINGS', 'PAUSE', 'tint', 'gains', 'Patches', 'patches',
+           'Palette', 'palette', 'overlaps', 'colour_steps', 'light_steps', 'Correction', 'agree', 'agree_palettes',
+           'curve', 'apply_correction', 'neutral_spread', 'group_photos']
 
-# %% ../../nbs/postprocess/05_listing.ipynb #f5477ec2
+# %% ../../nbs/postprocess/05_listing.ipynb #51f523d4
 import os
 from collections import defaultdict
 from dataclasses import dataclass
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -139,8 +138,8 @@ def colour_steps(
         if (steps == old).all(): break
     return steps, np.array([_around(over, i, steps)[tuple(steps[i] + REACH)] for i in range(n)])
 
-# %% ../../nbs/postprocess/05_listing.ipynb #90625377
-PLAIN, CALM = 40., .06 # distance from grey at which a tint counts 0.6, LAB units; pull to zero, as a squared overlap
+# %% ../../nbs/postprocess/05_listing.ipynb #37c6d819
+PLAIN, CALM = 40., .08 # distance from grey at which a tint counts 0.6, LAB units; pull to zero, as a squared overlap
 
 def light_steps(
     palettes, # list of n
@@ -158,9 +157,9 @@ def light_steps(
     out = np.linalg.solve(np.diag(weight.sum(1) + CALM) - weight, (weight*differs).sum(1))
     return out - np.median(out)
 
-# %% ../../nbs/postprocess/05_listing.ipynb #8f4444de
+# %% ../../nbs/postprocess/05_listing.ipynb #6a691c2d
 OWN, ALIKE = 1.5, .03 # distance from the listing that is a room's own, LAB units; least overlap with others
-MOST_LIGHT, MOST_COLOUR = .5, 8. # EV and LAB units that a photo is corrected by at most
+BRIGHTER, DARKER, MOST_COLOUR = .5, .25, 8. # EV and LAB units that a photo is corrected by at most
 
 @dataclass(frozen=True)
 class Correction:
@@ -190,7 +189,7 @@ def agree_palettes(
     shift = steps*STEP - np.median(steps[known], 0)*STEP
     far = np.hypot(*shift.T)[:, None]
     shift = shift*far**2/(far**2 + OWN**2)*np.minimum(1, MOST_COLOUR/np.maximum(far, 1e-9))
-    light = (light - np.median(light[known])).clip(-MOST_LIGHT, MOST_LIGHT)
+    light = (light - np.median(light[known])).clip(-BRIGHTER, DARKER)
     part = lambda x, i: round(float(-strength*known[i]*x), 3) + 0. # no minus zero
     return [Correction(part(light[i], i), part(shift[i, 0], i), part(shift[i, 1], i), round(float(c), 3)) for i, c in enumerate(common)]
 
