@@ -6,15 +6,12 @@
 __all__ = ['VARIANTS', 'SHARES', 'PLANS', 'TRIED', 'Plan', 'make_plan', 'make_gallery', 'trial', 'pick', 'Trials', 'variant_fit',
            'Nested', 'nested', 'choice_table']
 
-# %% ../../nbs/learn/04_protocol.ipynb #9d390608
+# %% ../../nbs/learn/04_protocol.ipynb #6039bbb1
 import itertools, time
 from dataclasses import dataclass, field, replace
 import numpy as np, pandas as pd, torch
-from safetensors.torch import load_file
-from ..core import AutohdrError
 from ..data.pairs import assign_folds
-from .fit import Fit, Job, Trainers, assemble, make_bank, own_gamma, shrink, squashed
-from ..metrics import paired_interval
+from .fit import Fit, Job, Trainers, gamma_cells, make_bank, own_gamma, shrink, squashed
 from ..models.zoo import BASE_LOOK, create_model
 
 # %% ../../nbs/learn/04_protocol.ipynb #535e572e
@@ -56,7 +53,7 @@ def make_plan(
         if plan.trainings() * seconds / workers <= 60 * minutes: break
     return plan
 
-# %% ../../nbs/learn/04_protocol.ipynb #e19455a4
+# %% ../../nbs/learn/04_protocol.ipynb #49cc7778
 TRIED = 96 # side at which trials are scored, pixels
 
 @torch.no_grad()
@@ -70,9 +67,10 @@ def make_gallery(photos: list, eyes) -> dict: # of 6 x h x w tensors; LookNet wi
 
 @torch.no_grad()
 def trial(
-    models: list, # LookNets without eyes, of one exponent: their mean is tried
+    models: list, # LookNets without eyes: their mean is tried
     gallery: dict,
     photos, # numbers of those to try it on
+    gamma: float, # exponent at share 0
     shares=SHARES,
 ) -> np.ndarray: # photos x shares, L1
     "The error of heads on photos, for each share of the way from the gamma to them."
@@ -80,7 +78,8 @@ def trial(
     part = lambda seen: [v[photos] for v in seen]
     grid = sum(m.grid(part(gallery["plain"])) + m.grid(part(gallery["mirrored"])).flip(-1) for m in models) / (2 * len(models))
     before, after = gallery["before"][photos], gallery["after"][photos]
-    errors = [(models[0].apply_grid(before, s * grid).clamp(0, 1) - after).abs().mean((1, 2, 3)) for s in shares]
+    plain = gamma_cells(gamma, float(models[0].log_gamma.exp()), grid.shape[2])[None, :, :, None, None]
+    errors = [(models[0].apply_grid(before, s * grid + (1 - s) * plain).clamp(0, 1) - after).abs().mean((1, 2, 3)) for s in shares]
     return torch.stack(errors, 1).numpy()
 
 # %% ../../nbs/learn/04_protocol.ipynb #49083bb3
@@ -93,7 +92,7 @@ def pick(
     gain = np.asarray(errors[first]) - np.asarray(errors[best])
     return best if len(gain) > 2 and gain.mean() > gain.std(ddof=1) / np.sqrt(len(gain)) else first
 
-# %% ../../nbs/learn/04_protocol.ipynb #4a83634b
+# %% ../../nbs/learn/04_protocol.ipynb #d29dd5ea
 @dataclass
 class Trials:
     "What a nested cross-validation has trained and chosen."
@@ -102,6 +101,7 @@ class Trials:
     models: dict # fold to the heads that never saw it, one per seed, at the share chosen
     choices: pd.DataFrame # a row per fold and one for all pairs: variant, share, and the errors by which they were chosen
     final: list # heads that learnt from all pairs
+    fit: Fit # before a variant changed it
     seconds: float = 0. # that it took
 
 def variant_fit(fit: Fit, name: str) -> Fit: return replace(fit, **VARIANTS[name])
@@ -112,7 +112,7 @@ def _chosen(found: list, first) -> tuple: # found: dicts (variant, share) -> err
     choice = pick(joined, first) if joined else first
     return choice, {c: float(np.mean(e)) for c, e in joined.items()}
 
-# %% ../../nbs/learn/04_protocol.ipynb #82a76fe1
+# %% ../../nbs/learn/04_protocol.ipynb #035e8483
 class Nested:
     "Banks, trainings and trials of one nested cross-validation."
     def __init__(self, pairs, photos, eyes, fit: Fit, plan: Plan, trainers: Trainers, seed: int = 0):
@@ -128,17 +128,24 @@ class Nested:
 
     def job(self, variant: str, out: tuple, seed: int) -> Job:
         "Train without some folds."
-        photos = tuple(int(i) for i in np.flatnonzero(~np.isin(self.fold, out)))
-        if out not in self.gammas: self.gammas[out] = own_gamma(load_file(self.bank(self.plan.variants[0], self.seed)), photos) # of a fold's heads one, so that they can be averaged
-        return Job(self.bank(variant, self.seed + seed), photos, variant_fit(self.fit, variant), self.seed + seed, self.gammas[out])
+        return Job(self.bank(variant, self.seed + seed), tuple(self.learnt(out)), variant_fit(self.fit, variant), self.seed + seed)
+
+    def learnt(self, out: tuple) -> list: "Numbers of the photos outside some folds."; return np.flatnonzero(~np.isin(self.fold, out)).tolist()
+
+    def gamma(self, out: tuple) -> float:
+        "The gamma that fits the photos outside some folds."
+        if out not in self.gammas: self.gammas[out] = own_gamma(*(self.gallery[k][self.learnt(out)] for k in ("before", "after")))
+        return self.gammas[out]
 
     def train(self, wanted: list, label: str) -> dict: # of (variant, out, seed)
         "Train what is wanted."
         return dict(zip(wanted, self.trainers.train([self.job(*w) for w in wanted], label)))
 
-    def tried(self, model, fold: int) -> np.ndarray: return trial([model], self.gallery, np.flatnonzero(self.fold == fold))
+    def tried(self, model, out: tuple, fold: int) -> np.ndarray:
+        "The errors of a model that was trained without some folds, one of them being `fold`, on the photos of that."
+        return trial([model], self.gallery, np.flatnonzero(self.fold == fold), self.gamma(out))
 
-# %% ../../nbs/learn/04_protocol.ipynb #5b0f8149
+# %% ../../nbs/learn/04_protocol.ipynb #2a4a21a2
 def nested(
     pairs: pd.DataFrame, # with folds 0 to k - 1
     photos: list, # 6 x h x w tensors, before and after, in the order of the pairs
@@ -152,13 +159,13 @@ def nested(
     start, run, folds = time.monotonic(), Nested(pairs, photos, eyes, fit, plan, trainers, seed), range(plan.folds)
     two = [tuple(sorted(p)) for p in itertools.combinations(folds, 2)] if plan.folds > 2 else []
     found = run.train([(v, out, 0) for v in plan.variants for out in [*two, *((k,) for k in folds)]], "Trying")
-    first, errors = (plan.variants[0], 1.), lambda out, k: {(v, s): e for v in plan.variants for s, e in zip(SHARES, run.tried(found[v, out, 0], k).T)}
+    first, errors = (plan.variants[0], 1.), lambda out, k: {(v, s): e for v in plan.variants for s, e in zip(SHARES, run.tried(found[v, out, 0], out, k).T)}
     chosen = {k: _chosen([errors(out, j) for out in two if k in out for j in out if j != k], first) for k in folds}
     chosen["all"] = _chosen([errors((k,), k) for k in folds], first)
     more = run.train([(chosen[k][0][0], (k,), s) for k in folds for s in range(1, plan.seeds)] + [(chosen["all"][0][0], (), s) for s in range(plan.members)], "Training")
-    heads = lambda k: [shrink((found | more)[chosen[k][0][0], (k,), s], chosen[k][0][1]) for s in range(plan.seeds)]
-    final = [shrink(more[chosen["all"][0][0], (), s], chosen["all"][0][1]) for s in range(plan.members)]
-    return Trials(pairs, plan, {k: heads(k) for k in folds}, choice_table(chosen), final, time.monotonic() - start)
+    heads = lambda k: [shrink((found | more)[chosen[k][0][0], (k,), s], chosen[k][0][1], run.gamma((k,))) for s in range(plan.seeds)]
+    final = [shrink(more[chosen["all"][0][0], (), s], chosen["all"][0][1], run.gamma(())) for s in range(plan.members)]
+    return Trials(pairs, plan, {k: heads(k) for k in folds}, choice_table(chosen), final, fit, time.monotonic() - start)
 
 def choice_table(chosen: dict) -> pd.DataFrame: # fold, or 'all', to (choice, errors)
     "What was chosen for each fold, by which errors."

@@ -133,7 +133,7 @@ class LookNet(GridModel):
         "The bilateral grid for a photo."
         return self.grid(self.look(x))
 
-# %% ../../nbs/models/16_look.ipynb #0295fbbb
+# %% ../../nbs/models/16_look.ipynb #c9aaa92e
 @patch
 def prepare(self: LookNet):
     "Give a new model trained eyes; one that has them is left as it is."
@@ -142,8 +142,8 @@ def prepare(self: LookNet):
 
 def trained_eyes() -> dict: # name to tensor
     "The recogniser's weights: those of the base look, else those of the package."
-    from autohdr.models.zoo import BASE_LOOK, load_model
-    if BASE_LOOK.is_file(): return load_model(BASE_LOOK).eyes.state_dict()
+    from autohdr.models.zoo import BASE_LOOK, load_model, read_metadata
+    if BASE_LOOK.is_file() and read_metadata(BASE_LOOK)["architecture"] == "look": return load_model(BASE_LOOK).eyes.state_dict()
     return packaged_eyes()
 
 def packaged_eyes() -> dict: # name to tensor
