@@ -92,3 +92,12 @@ def test_a_row_runs_in_smoke(name, tmp_path):
     assert (folder / "model.safetensors").exists() and (folder / "report.html").exists()
     plan = json.loads((folder / "memory.json").read_text())
     assert plan["fits"] and plan["measured"] is not None
+
+
+def test_a_learning_curve_runs_in_smoke(tmp_path):
+    folder = run(make_spec("learning_curve", smoke=True), root=tmp_path, echo=False)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert [row["model"] for row in metrics["curve"]] == ["gamma", "look", "darkir"] and all(0 < row["l1"] < 1 and row["photos"] == metrics["n"] for row in metrics["curve"])
+    assert len(metrics["sentences"]) == 3 and "no verdict" in metrics["budget"]
+    page = (folder / "report.html").read_text()
+    assert metrics["sentences"][0] in page and (folder / "curve.csv").exists()
