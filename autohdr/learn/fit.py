@@ -6,14 +6,14 @@
 __all__ = ['SEEN', 'PARTS', 'Fit', 'read_photos', 'squashed', 'version', 'make_bank', 'choose', 'new_look', 'fit_head',
            'batch_loss', 'own_gamma', 'gamma_cells', 'shrink', 'assemble', 'Job', 'revive', 'cores', 'Trainers']
 
-# %% ../../nbs/learn/03_fit.ipynb #172938c3
+# %% ../../nbs/learn/03_fit.ipynb #b8a1cd9d
 import math, multiprocessing, os, tempfile
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from ..core import AutohdrError, check_name, progress
+from ..core import AutohdrError, progress
 from ..data.pairs import read_pair
 from ..metrics import fit_gamma
 from ..models.hdrnet import roughness
@@ -21,7 +21,7 @@ from ..models.zoo import create_model
 from ..training.recipe import ema_weight
 from ..training.state import make_schedule
 
-# %% ../../nbs/learn/03_fit.ipynb #bd5a32c2
+# %% ../../nbs/learn/03_fit.ipynb #ca3b6739
 @dataclass(frozen=True)
 class Fit:
     "All that fixes the training of a head, beside its photos and its seed."
@@ -39,6 +39,7 @@ class Fit:
     depth: int = 8 # cells of the grid along brightness
     gamma: float = 0.6 # exponent before the grid
     dropout: float = 0.2 # of what the eyes see
+    structure: float = 0.0 # weight of the differences between neighbouring pixels
     smoothness: float = 0.0 # weight of the grid's roughness
     start: bool = False # from the base look's first head, instead of fresh weights
 
@@ -101,7 +102,7 @@ def choose(bank, photos): # numbers of photos
     "The part of a bank that belongs to some photos, their versions in one row."
     return {k: v[list(photos)].flatten(0, 1) for k, v in bank.items()}
 
-# %% ../../nbs/learn/03_fit.ipynb #5170766e
+# %% ../../nbs/learn/03_fit.ipynb #847c9d0b
 def new_look(fit: Fit, start=None): # start: a LookNet, whose first head is copied
     "An untrained model."
     if start is None: return create_model("look", hidden=fit.hidden, depth=fit.depth, gamma=fit.gamma, dropout=fit.dropout, smoothness=fit.smoothness)
@@ -136,9 +137,11 @@ def fit_head(
     return model.eval()
 
 def batch_loss(model, part, rows, fit) -> torch.Tensor:
-    "Mean absolute error of some versions, and the roughness of their grids where that is asked for."
+    "Mean absolute error of some versions, of the steps from pixel to pixel too, and the roughness of their grids."
     grid = model.grid([part[k][rows] for k in PARTS])
-    loss = (model.apply_grid(part["before"][rows], grid) - part["after"][rows]).abs().mean()
+    error = model.apply_grid(part["before"][rows], grid) - part["after"][rows]
+    loss = error.abs().mean()
+    if fit.structure: loss = loss + fit.structure * sum(error.diff(dim=d).abs().mean() for d in (2, 3))
     return loss + fit.smoothness * roughness(grid) if fit.smoothness else loss
 
 # %% ../../nbs/learn/03_fit.ipynb #d0b8833c

@@ -6,18 +6,18 @@
 __all__ = ['MANY', 'LARGE', 'pick_way', 'sized', 'fold_pairs', 'learn_look', 'training_seconds', 'score', 'seed_spread',
            'against_gamma', 'first_sentence', 'trained_on', 'write_look']
 
-# %% ../../nbs/learn/06_look.ipynb #d5f47175
+# %% ../../nbs/learn/06_look.ipynb #c7a570b9
 import time
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-import numpy as np, pandas as pd, torch
+import pandas as pd, torch
 from ..core import AutohdrError, each, file_hash
 from ..data.pairs import assign_folds
 from ..data.reference import mean_histogram, to_json
 from ..inference.evaluate import compare_baselines, evaluate
 from ..inference.predict import predict
-from .fit import Fit, Job, Trainers, assemble, cores, make_bank, read_photos
+from .fit import Fit, Job, Trainers, assemble, make_bank, read_photos
 from .protocol import PLANS, Plan, Trials, make_plan, nested
 from ..metrics import METRICS, paired_interval, summarise
 from ..models.zoo import BASE_LOOK, create_model, save_model
@@ -110,7 +110,7 @@ def seed_spread(seeds: pd.DataFrame) -> dict: # score to mean and sd over the se
     by = pd.DataFrame([summarise(t) for _, t in seeds.groupby("seed")])
     return {m: dict(mean=float(by[m].mean()), sd=float(by[m].std()) if len(by) > 1 else float("nan"), seeds=[float(v) for v in by[m]]) for m in METRICS}
 
-# %% ../../nbs/learn/06_look.ipynb #6cdcf5d3
+# %% ../../nbs/learn/06_look.ipynb #35638bb8
 def against_gamma(
     scores: pd.DataFrame, # a row per photo: fold, l1
     baselines: pd.DataFrame, # the same, with model
@@ -123,14 +123,14 @@ def against_gamma(
 def first_sentence(
     scores: pd.DataFrame, # a row per photo: fold, l1, psnr
     baselines: pd.DataFrame, # the same, with model
-    plan: Plan | None = None,
 ) -> str:
     "Is the look worth having?"
     ours, gamma = summarise(scores), summarise(baselines[baselines["model"] == "gamma"])
     gain, told = against_gamma(scores, baselines), f"L1 {ours['l1']:.4f} ({ours['psnr']:.2f} dB), a gamma curve fitted to the same pairs {gamma['l1']:.4f} ({gamma['psnr']:.2f} dB)"
     about = f"on {len(scores)} photos, each edited by models that never saw it: {told}."
     if ours["l1"] >= gamma["l1"]: return f"NOT WORTH HAVING: this look is no better than a gamma curve, {about} Look at what the audit says of the pairs, and add some."
-    if not gain["low"] > 0: return f"Perhaps better than a gamma curve, perhaps not, {about} With so few photos the difference could be chance."
+    better = int((scores["l1"] < scores["name"].map(baselines[baselines["model"] == "gamma"].set_index("name")["l1"])).sum())
+    if not gain["low"] > 0: return f"Probably better than a gamma curve {about} It is better on {better} of them; with so few photos chance can't be ruled out (gain {gain['mean']:.4f}, 95% interval {gain['low']:.4f} to {gain['high']:.4f})."
     return f"Better than a gamma curve {about}"
 
 # %% ../../nbs/learn/06_look.ipynb #9a53d136

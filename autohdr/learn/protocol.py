@@ -6,13 +6,11 @@
 __all__ = ['VARIANTS', 'SHARES', 'PLANS', 'TRIED', 'Plan', 'make_plan', 'make_gallery', 'trial', 'pick', 'Trials', 'variant_fit',
            'Nested', 'nested', 'choice_table']
 
-# %% ../../nbs/learn/04_protocol.ipynb #6039bbb1
+# %% ../../nbs/learn/04_protocol.ipynb #347d439b
 import itertools, time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 import numpy as np, pandas as pd, torch
-from ..data.pairs import assign_folds
 from .fit import Fit, Job, Trainers, gamma_cells, make_bank, own_gamma, shrink, squashed
-from ..models.zoo import BASE_LOOK, create_model
 
 # %% ../../nbs/learn/04_protocol.ipynb #535e572e
 VARIANTS = {

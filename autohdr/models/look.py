@@ -6,14 +6,14 @@
 __all__ = ['LUMA', 'STAGES', 'grey', 'middle', 'keep_half', 'Eyes', 'exposure_and_cast', 'Head', 'LookNet', 'trained_eyes',
            'packaged_eyes']
 
-# %% ../../nbs/models/16_look.ipynb #28df98f8
+# %% ../../nbs/models/16_look.ipynb #1f95fbca
 import math
 import torch
 from torch import nn
 import torch.nn.functional as F
 from fastcore.basics import patch
 from ..losses.features import Convolution, Features, lite0
-from .hdrnet import GridModel, lift
+from .hdrnet import GridModel
 from .restormer import full_precision
 
 # %% ../../nbs/models/16_look.ipynb #45fb81b8
