@@ -1,5 +1,4 @@
-"""The claims that matter, on real photographs: with ten pairs the default model already beats any one curve, and every model beats leaving the photo alone, on photos they never saw."""
-import json
+"""The claims that matter, on real photographs: every model beats leaving the photo alone, on photos it never saw; that a look learnt from ten pairs beats any one curve is asserted in test_learn."""
 from functools import partial
 from pathlib import Path
 
@@ -8,8 +7,6 @@ import pytest
 from autohdr.inference.evaluate import compare_baselines, evaluate
 from autohdr.inference.predict import predict
 from autohdr.models.zoo import ARCHITECTURES, load_model, settings
-from autohdr.runs.execute import run
-from autohdr.runs.spec import make_spec
 from autohdr.training.loop import load_pairs, select, train
 from autohdr.training.recipe import Recipe
 from tests.zoo import SMALL
@@ -18,14 +15,6 @@ PAIRS = Path(__file__).parents[2] / "shared" / "data" / "pairs"
 
 
 needs_pairs = pytest.mark.skipif(not PAIRS.is_dir(), reason="needs the real pairs of ../shared/data")
-
-
-@needs_pairs
-def test_cross_validated_hdrnet_beats_the_fitted_curves(tmp_path):
-    run_dir = run(make_spec("hdrnet_crossval", [f"pairs={PAIRS}", "final=false", "ensemble=false"]), tmp_path, echo=False)
-    metrics = json.loads((run_dir / "metrics.json").read_text())
-    assert metrics["photos"] == "out of fold" and metrics["ours"]["n"] == 10
-    assert metrics["ours"]["l1"] < min(b["l1"] for b in metrics["baselines"].values()), metrics
 
 
 def learn(name, run_dir, **settings):

@@ -272,7 +272,7 @@ def crossings(
     models = list(dict.fromkeys(long.model))
     return [crossing(long, m, a) for a in against if a in models for m in models if m != a and (a == "gamma" or m not in FITTED)]
 
-# %% ../../nbs/learn/05_curve.ipynb #729bf432
+# %% ../../nbs/learn/05_curve.ipynb #aad93f77
 LINES = ("#6b7688", "#c2a12c", "#1f7a63", "#b45424", "#3b6fb6", "#8a5fb0", "#4d9fa8", "#b0496f")
 
 def curve_figure(
@@ -284,7 +284,7 @@ def curve_figure(
     for colour, (model, t) in zip(LINES * len(table), table.groupby("model", sort=False)):
         t = t.sort_values("pairs")
         x, y, sd = t.pairs.tolist(), t[score].to_numpy(), t[f"{score}_sd"].fillna(0).to_numpy()
-        if sd.any(): figure.add_scatter(x=x + x[::-1], y=[*(y + sd), *(y - sd)[::-1]], fill="toself", fillcolor=colour, opacity=.18, line_width=0, hoverinfo="skip", showlegend=False, legendgroup=model)
+        if sd.any(): figure.add_scatter(x=x + x[::-1], y=[*(y + sd), *(y - sd)[::-1]], mode="lines", fill="toself", fillcolor=colour, opacity=.18, line_width=0, hoverinfo="skip", showlegend=False, legendgroup=model)
         figure.add_scatter(x=x, y=y.tolist(), name=model, legendgroup=model, mode="lines+markers", line=dict(color=colour, width=2), marker_size=7, customdata=np.stack([t.psnr, t.l1, sd], 1).tolist(),
                            hovertemplate=f"{model}, %{{x}} pairs<br>L1 %{{customdata[1]:.4f}}, PSNR %{{customdata[0]:.2f}} dB<br>sd over seeds %{{customdata[2]:.4f}}<extra></extra>")
     sizes, metric = sorted(int(n) for n in table.pairs.unique()), METRICS[score]

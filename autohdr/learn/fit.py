@@ -6,8 +6,8 @@
 __all__ = ['SEEN', 'PARTS', 'Fit', 'read_photos', 'squashed', 'version', 'make_bank', 'choose', 'new_look', 'fit_head',
            'batch_loss', 'own_gamma', 'gamma_cells', 'shrink', 'assemble', 'Job', 'revive', 'cores', 'Trainers']
 
-# %% ../../nbs/learn/03_fit.ipynb #b8a1cd9d
-import math, multiprocessing, os, tempfile
+# %% ../../nbs/learn/03_fit.ipynb #09788cc6
+import math, multiprocessing, multiprocessing.connection, os, tempfile, threading
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from ..models.zoo import create_model
 from ..training.recipe import ema_weight
 from ..training.state import make_schedule
 
-# %% ../../nbs/learn/03_fit.ipynb #ca3b6739
+# %% ../../nbs/learn/03_fit.ipynb #26b04694
 @dataclass(frozen=True)
 class Fit:
     "All that fixes the training of a head, beside its photos and its seed."
@@ -32,14 +32,14 @@ class Fit:
     side: int = 48 # of the square copies that the loss compares, in pixels
     updates: int = 300
     batch_size: int = 12 # versions per update
-    lr: float = 3e-3 # peak learning rate of AdamW
+    lr: float = 2e-3 # peak learning rate of AdamW
     weight_decay: float = 0.05
     ema_decay: float = 0.99 # of the averaged weights, warmed up
     hidden: int = 48 # channels of the head
     depth: int = 8 # cells of the grid along brightness
     gamma: float = 0.6 # exponent before the grid
     dropout: float = 0.2 # of what the eyes see
-    structure: float = 0.0 # weight of the differences between neighbouring pixels
+    structure: float = 1.0 # weight of the differences between neighbouring pixels
     smoothness: float = 0.0 # weight of the grid's roughness
     start: bool = False # from the base look's first head, instead of fresh weights
 
@@ -185,7 +185,7 @@ def assemble(
     whole.eyes.load_state_dict(eyes.eyes.state_dict())
     return whole.eval()
 
-# %% ../../nbs/learn/03_fit.ipynb #7201fa9f
+# %% ../../nbs/learn/03_fit.ipynb #035cb68a
 @dataclass(frozen=True)
 class Job:
     "One training of many."
@@ -195,6 +195,13 @@ class Job:
     seed: int = 0
 
 _banks = {}
+
+def _watch_parent():
+    "End this process when the one that started it is gone, however that ended."
+    def watch():
+        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
 
 def _work(job: Job):
     "Train one head in a process of its own; what comes back is its weights."
@@ -210,7 +217,7 @@ def revive(config, weights):
     model.load_state_dict(weights | {k: v for k, v in model.state_dict().items() if k.startswith("eyes.")})
     return model.eval()
 
-# %% ../../nbs/learn/03_fit.ipynb #1d4d896a
+# %% ../../nbs/learn/03_fit.ipynb #244d6d6d
 def cores() -> int:
     "Processors that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -220,7 +227,7 @@ class Trainers:
     def __init__(self, workers: int = 0): self.workers = workers or min(cores(), 16) # 0: one per core
     def __enter__(self):
         self.folder = tempfile.TemporaryDirectory(prefix="autohdr-bank-")
-        self.pool = ProcessPoolExecutor(self.workers, multiprocessing.get_context("spawn")) if self.workers > 1 else None
+        self.pool = ProcessPoolExecutor(self.workers, multiprocessing.get_context("spawn"), _watch_parent) if self.workers > 1 else None
         return self
     def __exit__(self, *_):
         if self.pool: self.pool.shutdown(cancel_futures=True)

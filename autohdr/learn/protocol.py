@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 import numpy as np, pandas as pd, torch
 from .fit import Fit, Job, Trainers, gamma_cells, make_bank, own_gamma, shrink, squashed
 
-# %% ../../nbs/learn/04_protocol.ipynb #535e572e
+# %% ../../nbs/learn/04_protocol.ipynb #91257ad6
 VARIANTS = {
     "usual": {},
     "any exposure": dict(gamma_jitter=.3, gain_jitter=.15), # for pairs whose exposures differ from those of the photos to come
-    "base look": dict(start=True, lr=2e-3), # from what rendered rooms teach
+    "base look": dict(start=True, lr=1e-3), # from what rendered rooms teach
 }
 SHARES = (1., .75, .5, .25, 0.)
 
