@@ -80,7 +80,7 @@ def fitted(kind: str, points, pairs, folder):
         found = fit(*zip(*(photos[i] for i in p.learn)))
         yield p, lambda pixels, found=found: apply(pixels, found)
 
-# %% ../../nbs/learn/05_curve.ipynb #53466e3f
+# %% ../../nbs/learn/05_curve.ipynb #dc294348
 LOOK = dict(heads=1, workers=0) # heads of a look; processes that train them, 0: one per core
 
 def look_settings(
@@ -95,7 +95,7 @@ def look_settings(
 def looks(settings: dict, points, pairs, folder):
     "Train a look at each point; those of a seed together, on all cores."
     heads, workers, fit = look_settings(settings)
-    eyes = create_model("look").prepare().eval()
+    eyes = create_model("look", gamma=fit.gamma).prepare().eval()
     with Trainers(workers) as trainers:
         bank = trainers.put(make_bank(read_photos(pairs), fit, 0, eyes))
         for seed in sorted({p.seed for p in points}):

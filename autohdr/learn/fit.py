@@ -6,14 +6,15 @@
 __all__ = ['SEEN', 'PARTS', 'Fit', 'read_photos', 'squashed', 'version', 'make_bank', 'choose', 'new_look', 'fit_head',
            'batch_loss', 'own_gamma', 'gamma_cells', 'shrink', 'assemble', 'Job', 'revive', 'cores', 'Trainers']
 
-# %% ../../nbs/learn/03_fit.ipynb #09788cc6
+# %% ../../nbs/learn/03_fit.ipynb #dcc52295
 import math, multiprocessing, multiprocessing.connection, os, tempfile, threading
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from ..core import AutohdrError, progress
+from ..core import AutohdrError, as_number, progress
 from ..data.pairs import read_pair
 from ..metrics import fit_gamma
 from ..models.hdrnet import roughness
@@ -21,7 +22,7 @@ from ..models.zoo import create_model
 from ..training.recipe import ema_weight
 from ..training.state import make_schedule
 
-# %% ../../nbs/learn/03_fit.ipynb #26b04694
+# %% ../../nbs/learn/03_fit.ipynb #80fdc540
 @dataclass(frozen=True)
 class Fit:
     "All that fixes the training of a head, beside its photos and its seed."
@@ -45,7 +46,10 @@ class Fit:
 
     def __post_init__(self):
         for name, low in dict(versions=1, side=8, updates=1, batch_size=1, hidden=8, depth=2).items():
-            if getattr(self, name) < low: raise AutohdrError(f"{name} is {getattr(self, name)}, expected {low} or more")
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < low: raise AutohdrError(f"{name} is {getattr(self, name)!r}, expected a whole number of {low} or more")
+        for name in ("gamma", "lr", "gamma_jitter", "gain_jitter", "weight_decay", "structure", "smoothness", "ema_decay"):
+            value = as_number(getattr(self, name), float)
+            if value is None or value < 0 or (name in ("gamma", "lr") and not value) or (name == "ema_decay" and value >= 1): raise AutohdrError(f"{name} is {getattr(self, name)!r}, expected a number above 0" + (" and below 1" if name == "ema_decay" else ""))
         if not 0 < self.crop <= 1: raise AutohdrError(f"crop is {self.crop}, expected above 0 and up to 1")
         if not 0 <= self.dropout < 1: raise AutohdrError(f"dropout is {self.dropout}, expected 0 or more and below 1")
 
@@ -102,10 +106,11 @@ def choose(bank, photos): # numbers of photos
     "The part of a bank that belongs to some photos, their versions in one row."
     return {k: v[list(photos)].flatten(0, 1) for k, v in bank.items()}
 
-# %% ../../nbs/learn/03_fit.ipynb #847c9d0b
+# %% ../../nbs/learn/03_fit.ipynb #5fe2e7ba
 def new_look(fit: Fit, start=None): # start: a LookNet, whose first head is copied
     "An untrained model."
     if start is None: return create_model("look", hidden=fit.hidden, depth=fit.depth, gamma=fit.gamma, dropout=fit.dropout, smoothness=fit.smoothness)
+    if abs(float(start.log_gamma.exp()) - fit.gamma) > 1e-6: raise AutohdrError(f"the look to start from has the exponent {float(start.log_gamma.exp()):.3g}, this training {fit.gamma:g}; expected the same")
     model = create_model("look", **start.config | dict(heads=1, dropout=fit.dropout, smoothness=fit.smoothness))
     model.heads[0].load_state_dict(start.heads[0].state_dict())
     return model
@@ -172,7 +177,7 @@ def shrink(
         head.grid.bias.data.mul_(share).add_(plain, alpha=1 - share)
     return model
 
-# %% ../../nbs/learn/03_fit.ipynb #4f701d2b
+# %% ../../nbs/learn/03_fit.ipynb #fca87db5
 def assemble(
     models: list, # LookNets of one configuration, as `fit_head` gives them
     eyes, # the LookNet that looked at the bank
@@ -181,7 +186,7 @@ def assemble(
     first = models[0]
     whole = create_model("look", **first.config | dict(heads=sum(len(m.heads) for m in models)))
     for own, head in zip(whole.heads, (h for m in models for h in m.heads)): own.load_state_dict(head.state_dict())
-    if any(m.log_gamma != first.log_gamma for m in models): raise AutohdrError("heads with different exponents can't be averaged; train them with one gamma")
+    if any(m.log_gamma != eyes.log_gamma for m in models): raise AutohdrError("these heads and the model that looked for them have different exponents; make all of them with one gamma")
     whole.eyes.load_state_dict(eyes.eyes.state_dict())
     return whole.eval()
 
@@ -217,20 +222,24 @@ def revive(config, weights):
     model.load_state_dict(weights | {k: v for k, v in model.state_dict().items() if k.startswith("eyes.")})
     return model.eval()
 
-# %% ../../nbs/learn/03_fit.ipynb #244d6d6d
+# %% ../../nbs/learn/03_fit.ipynb #e7430c3c
 def cores() -> int:
     "Processors that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 class Trainers:
     "Processes that train heads, and the folder for their banks; to be used in `with`."
-    def __init__(self, workers: int = 0): self.workers = workers or min(cores(), 16) # 0: one per core
+    def __init__(self, workers: int = 0, folder=None): # 0: one per core; where the banks' folder is made, None: among the temporary files
+        self.workers, self.place = workers or min(cores(), 16), folder
     def __enter__(self):
-        self.folder = tempfile.TemporaryDirectory(prefix="autohdr-bank-")
+        self.folder = tempfile.TemporaryDirectory(prefix="autohdr-bank-", dir=self.place, ignore_cleanup_errors=True)
         self.pool = ProcessPoolExecutor(self.workers, multiprocessing.get_context("spawn"), _watch_parent) if self.workers > 1 else None
         return self
-    def __exit__(self, *_):
+    def __exit__(self, failed, *_):
+        if self.pool and failed: # what is running would be waited for
+            for process in list(self.pool._processes.values()): process.terminate()
         if self.pool: self.pool.shutdown(cancel_futures=True)
+        for file in [f for f in _banks if Path(f).parent == Path(self.folder.name)]: del _banks[file]
         self.folder.cleanup()
 
     def put(self, bank: dict) -> str:
@@ -245,5 +254,5 @@ class Trainers:
             threads = torch.get_num_threads()
             try: return [revive(*_work(job)) for job in progress(jobs, label)]
             finally: torch.set_num_threads(threads)
-        waiting = [self.pool.submit(_work, job) for job in jobs]
-        return [revive(*w.result()) for w in progress(waiting, label)]
+        try: return [revive(*w.result()) for w in progress([self.pool.submit(_work, job) for job in jobs], label)]
+        except BrokenProcessPool as e: raise AutohdrError("a training process was ended from outside, perhaps for want of memory; try with fewer at a time (workers=1)") from e

@@ -21,15 +21,16 @@ from ..training.loop import pretrain
 from ..training.recipe import Recipe
 from ..training.state import pick_device
 
-# %% ../../nbs/learn/07_large.ipynb #e1d51cc9
+# %% ../../nbs/learn/07_large.ipynb #824fdea3
 def large_recipe(
     values: dict, # parameters of a recipe of the notebook train
     folds: int,
     seed: int = 0,
     device: str = "auto",
+    pairs: str = "samples", # as the checkpoints shall name them
 ) -> Recipe:
     "The same, cross-validated; no photo is left to stop it early."
-    return Recipe(**values | dict(folds=folds, fold=-1, holdout=0., patience=0, split_seed=seed, seed=seed, device=device, tta=True))
+    return Recipe(**values | dict(pairs=pairs, folds=folds, fold=-1, holdout=0., patience=0, split_seed=seed, seed=seed, device=device, tta=True))
 
 def learn_large(
     recipe: Recipe, # with folds
@@ -40,11 +41,11 @@ def learn_large(
     run_dir, pairs = Path(run_dir), fold_pairs(pairs, recipe.folds, recipe.split_seed)
     recipe = replace(recipe, folds=int(pairs["fold"].nunique()))
     first = pretrain(recipe, pairs, run_dir/"pretrain") if recipe.pretrain_pairs else None
-    found, how = dict(scores=[], baselines=[], history=[], files=[]), (recipe.size, recipe.squash)
+    found, how = dict(scores=[], baselines=[], history=[], files=[]), recipe.size # judged with their own aspect, as photos are edited
     for fold in train_folds(recipe, pairs, run_dir, first):
         held, model = fold.parts["test"], load_model(fold.file, pick_device(recipe.device))
-        found["scores"].append(evaluate(partial(predict, model, tta=recipe.tta), held, *how, keep=run_dir/"predictions").assign(fold=fold.number))
-        found["baselines"].append(compare_baselines(fold.parts["train"], held, *how).assign(fold=fold.number))
+        found["scores"].append(evaluate(partial(predict, model, tta=recipe.tta), held, how, keep=run_dir/"predictions").assign(fold=fold.number))
+        found["baselines"].append(compare_baselines(fold.parts["train"], held, how).assign(fold=fold.number))
         found["history"].append(fold.history)
         found["files"].append(fold.file)
         del model # a GPU has better use for its memory in the next fold

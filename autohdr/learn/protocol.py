@@ -143,7 +143,7 @@ class Nested:
         "The errors of a model that was trained without some folds, one of them being `fold`, on the photos of that."
         return trial([model], self.gallery, np.flatnonzero(self.fold == fold), self.gamma(out))
 
-# %% ../../nbs/learn/04_protocol.ipynb #2a4a21a2
+# %% ../../nbs/learn/04_protocol.ipynb #be6f9e59
 def nested(
     pairs: pd.DataFrame, # with folds 0 to k - 1
     photos: list, # 6 x h x w tensors, before and after, in the order of the pairs
@@ -159,7 +159,7 @@ def nested(
     found = run.train([(v, out, 0) for v in plan.variants for out in [*two, *((k,) for k in folds)]], "Trying")
     first, errors = (plan.variants[0], 1.), lambda out, k: {(v, s): e for v in plan.variants for s, e in zip(SHARES, run.tried(found[v, out, 0], out, k).T)}
     chosen = {k: _chosen([errors(out, j) for out in two if k in out for j in out if j != k], first) for k in folds}
-    chosen["all"] = _chosen([errors((k,), k) for k in folds], first)
+    chosen["all"] = _chosen([errors((k,), k) for k in folds] if two else [], first) # with two folds nothing is chosen, so that what is scored is what is shipped
     more = run.train([(chosen[k][0][0], (k,), s) for k in folds for s in range(1, plan.seeds)] + [(chosen["all"][0][0], (), s) for s in range(plan.members)], "Training")
     heads = lambda k: [shrink((found | more)[chosen[k][0][0], (k,), s], chosen[k][0][1], run.gamma((k,))) for s in range(plan.seeds)]
     final = [shrink(more[chosen["all"][0][0], (), s], chosen["all"][0][1], run.gamma(())) for s in range(plan.members)]

@@ -176,7 +176,7 @@ class HDRNet(GridModel):
         "The bilateral grid for a photo."
         return self.grid(lift(self.shrink(x), self.log_gamma))
 
-# %% ../../nbs/models/04_hdrnet.ipynb #34fb95e8
+# %% ../../nbs/models/04_hdrnet.ipynb #a09df818
 @patch
 def apply_grid(self: GridModel, x, grid): # x: N x 3 x H x W, grid: from `decide`
     "Edit every pixel; in strips where no gradient is wanted."
@@ -191,7 +191,8 @@ def apply_grid(self: GridModel, x, grid): # x: N x 3 x H x W, grid: from `decide
 @patch
 def mirrored(self: GridModel, x): # N x 3 x H x W in [0,1]
     "The mean of the edits of a photo and of its mirror image."
-    return self.apply_grid(x, (self.decide(x) + self.decide(x.flip(-1)).flip(-1)) / 2)
+    small = self.shrink(x) # a mirror image of 24 megapixels would be 290 MB
+    return self.apply_grid(x, (self.decide(small) + self.decide(small.flip(-1)).flip(-1)) / 2)
 
 # %% ../../nbs/models/04_hdrnet.ipynb #fd473b06
 def roughness(

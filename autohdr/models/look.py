@@ -97,7 +97,7 @@ class Head(nn.Module):
         whole = self.whole(self.numbers(numbers) + self.room(room) + self.mean(here.mean((2, 3))))
         return self.grid(F.gelu(self.local(here) + whole[..., None, None])).unflatten(1, (12, self.depth))
 
-# %% ../../nbs/models/16_look.ipynb #ac9095ab
+# %% ../../nbs/models/16_look.ipynb #fed96aec
 class LookNet(GridModel):
     "Heads that make a bilateral grid from what a fixed recogniser sees; N x 3 x H x W in [0,1] to the same shape, any H and W."
     def __init__(self,
@@ -110,7 +110,9 @@ class LookNet(GridModel):
         strip: int = 1 << 16, # pixels sliced at once at inference
     ):
         super().__init__(128, smoothness, strip)
-        if heads < 1: raise ValueError(f"heads is {heads}, expected 1 or more")
+        if not (isinstance(heads, int) and 1 <= heads <= 256): raise ValueError(f"heads is {str(heads)[:40]}, expected a whole number from 1 to 256")
+        if not (isinstance(strip, int) and strip > 0): raise ValueError(f"strip is {str(strip)[:40]}, expected a whole number above 0")
+        if not gamma > 0: raise ValueError(f"gamma is {gamma}, expected a number above 0")
         self.register_buffer("log_gamma", torch.tensor(float(gamma)).log())
         self.eyes = Eyes()
         self.heads = nn.ModuleList(Head(hidden, depth, dropout) for _ in range(heads))
