@@ -69,6 +69,29 @@ def test_exchanged_folders_stop_it_and_nothing_else_is_said(tmp_path, photos):
     assert not again.stops and len(again.pairs) == 5
 
 
+def test_copies_dont_hide_exchanged_pairs(tmp_path, photos):
+    found = audit(lay_out(tmp_path, [*((a, b) for b, a in photos[:4]), *((a, a * 0.99) for _, a in photos[4:6])]))
+    assert [f.kind for f in found.stops] == ["exchanged"] and set(found.stops[0].names) == {"room0", "room1", "room2", "room3"}
+
+
+@pytest.mark.parametrize("n, wrong", [(2, [1]), (3, [0]), (4, [2]), (5, [3]), (5, [0, 4])])
+def test_single_exchanged_pairs_are_named(tmp_path, photos, n, wrong):
+    found = audit(lay_out(tmp_path, [(a, b) if i in wrong else (b, a) for i, (b, a) in enumerate(photos[:n])]))
+    finding = the(found, "exchanged")
+    assert finding.level == "warn" and finding.names == [f"room{i}" for i in wrong] and "exchange the two files" in finding.advice and not found.stops
+
+
+def test_three_of_four_exchanged(tmp_path, photos):
+    found = audit(lay_out(tmp_path, [(b, a) if i == 1 else (a, b) for i, (b, a) in enumerate(photos[:4])]))
+    assert found.stops[0].names == ["room0", "room2", "room3"] and "of no other pair" in found.stops[0].advice
+
+
+def test_a_shared_file_is_no_known_property(tmp_path, photos):
+    lay_out(tmp_path, [*photos[:4], (photos[0][0], darker(photos[0][1], 0.1))])
+    found = audit(tmp_path)
+    assert any("No property is known" in f.text for f in found.findings) and found.problems.reason.str.startswith("shared").any()
+
+
 def test_two_hands(tmp_path, photos):
     mixed = [(b, darker(a, 1.6) if i % 2 else a) for i, (b, a) in enumerate(photos)]
     finding = the(audit(lay_out(tmp_path, mixed)), "contradictory")
