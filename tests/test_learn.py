@@ -96,14 +96,13 @@ def test_exchanged_folders_are_refused_unless_asked_for(tmp_path):
     assert code != 0 and "xchange" in told and not (tmp_path / "look.safetensors").exists()
 
 
-def test_edits_that_follow_from_nothing_end_near_the_gamma_and_say_so(tmp_path):
-    """Afters of other rooms: nothing can be learnt, so what is learnt must not be trusted."""
+def test_edits_that_follow_from_nothing_are_not_praised(tmp_path):
+    """Afters of other rooms: there is nothing to learn."""
     pairs = scan_pairs(table(tmp_path, 8))[0]
     pairs["after"] = pairs["after"].tolist()[3:] + pairs["after"].tolist()[:3]
     found, eyes = learn_look(pairs, 1, Fit(versions=3, updates=40, hidden=16, side=16), [Plan(4, ("usual",), 1, 1)], 1)
     scores, _, baselines = score(found, eyes, 64)
     assert not first_sentence(scores, baselines).startswith("Better")
-    assert found.choices.share.mean() < 1
 
 
 def test_the_same_seed_gives_the_same_numbers_for_any_number_of_processes(tmp_path):
