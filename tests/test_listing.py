@@ -84,6 +84,20 @@ def test_what_has_nothing_in_common_is_left_alone(houses):
         assert (c.exposure, c.a, c.b) == (0, 0, 0), c
 
 
+def test_black_and_white_photos_stay_so_and_have_no_vote(houses):
+    for edits, spoilt, _ in houses.values():
+        grey = [np.float32(np.repeat(v.mean(-1, keepdims=True), 3, 2)) for v in spoilt[:2]]
+        alone, together = agree(spoilt), agree([*spoilt, *grey])
+        assert [(c.a, c.b) for c in together] == [(c.a, c.b) for c in alone] + [(0, 0)]*2
+        assert all(c.a == c.b == 0 for c in agree(grey)), "nothing but black-and-white"
+        assert np.ptp(apply_correction(grey[0], together[-2]), axis=-1).max() < 1e-4
+
+
+def test_what_is_bright_is_not_brightened(houses):
+    for edits, _, _ in houses.values():
+        assert agree([faulty(edits[0], 1, 0, 0), *edits[1:]])[0].exposure <= 0
+
+
 def test_limits_and_strength(houses):
     edits = houses["house13"][0]
     far = [faulty(edits[0], 1.5, 6, 14), *edits[1:]]

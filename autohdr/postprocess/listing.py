@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LIGHTNESS', 'SIDE', 'CELL', 'BINS', 'STEP', 'REACH', 'NEIGHBOURS', 'FAR', 'SURE', 'PLAIN', 'CALM', 'OWN', 'ALIKE',
            'BRIGHTER', 'DARKER', 'MOST_COLOUR', 'TABLE', 'GROUPINGS', 'PAUSE', 'tint', 'gains', 'Patches', 'patches',
-           'Palette', 'palette', 'overlaps', 'colour_steps', 'light_steps', 'Correction', 'agree', 'agree_palettes',
-           'curve', 'apply_correction', 'neutral_spread', 'group_photos']
+           'Palette', 'is_grey', 'palette', 'overlaps', 'colour_steps', 'light_steps', 'Correction', 'agree',
+           'agree_palettes', 'curve', 'apply_correction', 'neutral_spread', 'group_photos']
 
 # %% ../../nbs/postprocess/05_listing.ipynb #51f523d4
 import os
@@ -75,7 +75,7 @@ def patches(
     height = np.broadcast_to((np.arange(h)[:, None] + .5)/h, (h, w))[use]
     return Patches(tint(light[use]), np.log2(light[use] @ XYZ[1]), np.clip((.4 - height)/.15 + .5, 0, 1), float(use.mean()))
 
-# %% ../../nbs/postprocess/05_listing.ipynb #df1484c2
+# %% ../../nbs/postprocess/05_listing.ipynb #e64d1823
 BINS, STEP = 128, .75 # cells of a palette's side; side of a cell, LAB units
 
 @dataclass
@@ -83,9 +83,21 @@ class Palette:
     "How much of a photo has which tint, and how bright that is."
     share: np.ndarray # 2 x BINS x BINS: upper part, lower part; the sum is the share of the photo that tells something, what is dark counted in part
     light: np.ndarray # the same shape, log2 of the luminance
+    grey: bool = False # of a black-and-white photo, which has no colour to be corrected
+    level: float = 0. # brightness of the whole photo, burnt and dark parts as well: log2 of the mean luminance
+
+def _few(pixels): "Some 256 x 256 of the pixels."; return np.asarray(pixels)[tuple(slice(None, None, max(1, n//256)) for n in pixels.shape[:2])]
+
+def is_grey(
+    pixels, # H x W x 3 in [0,1], sRGB-encoded
+) -> bool:
+    "Is this a black-and-white photo? What a JPEG leaves of colour in one is no colour."
+    x = _few(pixels)
+    return bool(np.percentile(x.max(-1) - x.min(-1), 99) < .02)
 
 def palette(
     pixels, # H x W x 3 in [0,1], sRGB-encoded
+    grey: bool = False, # it is the edit of a black-and-white photo, so it counts as one though the edit may have tinted it
     blur: float = 1., # standard deviation, LAB units
 ) -> Palette:
     "The palette of a photo's even surfaces."
@@ -96,7 +108,7 @@ def palette(
     flat = place.clip(0, BINS - 1) @ np.array([BINS, 1])
     count = lambda w: cv2.GaussianBlur(np.bincount(flat, w, BINS*BINS).reshape(BINS, BINS).astype(float), (0, 0), blur/STEP)
     shares = np.stack([count(inside*w) for w in (p.upper, 1 - p.upper)])
-    return Palette(shares, np.stack([count(inside*w*p.light) for w in (p.upper, 1 - p.upper)])/np.maximum(shares, 1e-12))
+    return Palette(shares, np.stack([count(inside*w*p.light) for w in (p.upper, 1 - p.upper)])/np.maximum(shares, 1e-12), grey or is_grey(pixels), float(np.log2(max(_linear(_few(pixels)).mean((0, 1)) @ XYZ[1], 1e-4))))
 
 # %% ../../nbs/postprocess/05_listing.ipynb #26de3846
 REACH, NEIGHBOURS = 12, 20 # farthest step of a photo, in cells of the palette; photos before and after that a photo is compared with
@@ -113,28 +125,31 @@ def overlaps(
             out[j, i] = out[i, j][::-1, ::-1]
     return out
 
-# %% ../../nbs/postprocess/05_listing.ipynb #718e5a69
+# %% ../../nbs/postprocess/05_listing.ipynb #ef361166
 FAR, SURE = 3., 45. # LAB units; weight of the overlap
 
 def _around(over, i, steps):
     "For every step of photo i, its mean overlap with its partners where they are now."
     r, found = REACH, [j for j in range(len(steps)) if (i, j) in over]
+    if not found: return np.zeros((2*r + 1,)*2)
     return sum(over[i, j][r - steps[j, 0]:3*r + 1 - steps[j, 0], r - steps[j, 1]:3*r + 1 - steps[j, 1]] for j in found)/len(found)
 
 def colour_steps(
     over: dict, # see `overlaps`
     n: int, # photos, at least 2
     rounds: int = 10, # at most
+    grey=None, # n of bool: black-and-white photos; None: none is
 ) -> tuple: # (n x 2 of int: how far each photo's tints lie from the listing's, in cells; n: mean overlap there)
     "The shifts that lay the palettes of a listing on each other."
-    k = np.arange(-REACH, REACH + 1)*STEP
-    penalty, steps = (k[:, None]**2 + k**2)/(2*FAR**2), np.zeros((n, 2), int)
-    for _ in range(rounds):
+    k, grey = np.arange(-REACH, REACH + 1)*STEP, np.zeros(n, bool) if grey is None else np.asarray(grey)
+    penalty, steps, coloured = (k[:, None]**2 + k**2)/(2*FAR**2), np.zeros((n, 2), int), np.flatnonzero(~grey)
+    if len(coloured): over = {(i, j): v for (i, j), v in over.items() if not grey[j]}
+    for _ in range(rounds if len(coloured) else 0):
         old = steps.copy()
-        for i in range(n):
+        for i in coloured:
             score = SURE*_around(over, i, steps) - penalty
             steps[i] = np.array(np.unravel_index(score.argmax(), score.shape)) - REACH
-        steps = np.clip(steps - np.rint(np.median(steps, 0)).astype(int), -REACH, REACH)
+        steps[coloured] = np.clip(steps[coloured] - np.rint(np.median(steps[coloured], 0)).astype(int), -REACH, REACH)
         if (steps == old).all(): break
     return steps, np.array([_around(over, i, steps)[tuple(steps[i] + REACH)] for i in range(n)])
 
@@ -157,7 +172,7 @@ def light_steps(
     out = np.linalg.solve(np.diag(weight.sum(1) + CALM) - weight, (weight*differs).sum(1))
     return out - np.median(out)
 
-# %% ../../nbs/postprocess/05_listing.ipynb #6a691c2d
+# %% ../../nbs/postprocess/05_listing.ipynb #4a0e3f36
 OWN, ALIKE = 1.5, .03 # distance from the listing that is a room's own, LAB units; least overlap with others
 BRIGHTER, DARKER, MOST_COLOUR = .5, .25, 8. # EV and LAB units that a photo is corrected by at most
 
@@ -183,15 +198,23 @@ def agree_palettes(
     "The same from palettes, which take less memory than photos."
     strength = check_strength(strength)
     if len(palettes) < 2: return [Correction() for _ in palettes]
-    steps, common = colour_steps(overlaps(palettes), len(palettes))
+    grey = np.array([p.grey for p in palettes])
+    steps, common = colour_steps(overlaps(palettes), len(palettes), grey=grey)
     known, light = common > ALIKE, light_steps(palettes, steps)
     if known.sum() < 2: return [Correction(overlap=round(float(c), 3)) for c in common]
-    shift = steps*STEP - np.median(steps[known], 0)*STEP
+    shift = (steps - (np.median(steps[known & ~grey], 0) if (known & ~grey).any() else 0))*STEP*~grey[:, None]
     far = np.hypot(*shift.T)[:, None]
     shift = shift*far**2/(far**2 + OWN**2)*np.minimum(1, MOST_COLOUR/np.maximum(far, 1e-9))
     light = (light - np.median(light[known])).clip(-BRIGHTER, DARKER)
+    light = np.where(_bright(palettes, known), np.maximum(light, 0), light)
     part = lambda x, i: round(float(-strength*known[i]*x), 3) + 0. # no minus zero
     return [Correction(part(light[i], i), part(shift[i, 0], i), part(shift[i, 1], i), round(float(c), 3)) for i, c in enumerate(common)]
+
+def _bright(palettes, known) -> np.ndarray: # n of bool
+    "Which photos are brighter than the median of their partners?"
+    level, place = np.array([p.level for p in palettes]), np.arange(len(palettes))
+    partners = [known & (np.abs(place - i) <= NEIGHBOURS) & (place != i) for i in place]
+    return np.array([bool(p.any() and level[i] > np.median(level[p])) for i, p in enumerate(partners)])
 
 # %% ../../nbs/postprocess/05_listing.ipynb #250808b7
 TABLE = 1 << 16 # values of a curve
