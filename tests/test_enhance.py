@@ -15,9 +15,10 @@ from PIL import Image
 
 import autohdr.enhance as en
 from autohdr.core import AutohdrError
+from autohdr.data.samples import sample_pairs
 from autohdr.enhance import enhance, enhance_photo
 from autohdr.models.zoo import create_model, save_model
-from autohdr.photo import ADOBE_RGB, Photo, find_photos, read_photo, write_photo
+from autohdr.photo import ADOBE_RGB, Photo, find_photos, fit, read_photo, write_photo
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "photos"
 
@@ -185,3 +186,29 @@ def test_real_photographs_at_full_size(tmp_path, model):
     assert table["status"][0] == "edited"
     before, after = read_photo(table["path"][0]), read_photo(table["out"][0])
     assert before.pixels.shape == after.pixels.shape and np.abs(after.pixels - (0.5 + before.pixels / 2)).max() < 0.15
+
+
+def test_a_listing_says_what_was_done_and_what_was_not(tmp_path, picture, model, capsys):
+    """Two photos of one scene that agree, one without a surface in common, one that can't be read; then a photo comes in later."""
+    wall = fit(read_photo(sample_pairs()[lambda t: t.property == "house13"].after.iloc[0]).pixels, 256)
+    noise = np.random.default_rng(0).random((80, 120, 3)).astype(np.float32)
+    for name, pixels in dict(a=wall, b=wall * np.float32([1, 1, 0.7]), c=wall, garden=noise).items(): write_photo(tmp_path / "in" / f"{name}.png", pixels)
+    (tmp_path / "in" / "no.png").write_bytes(b"no photo")
+    table = enhance(tmp_path / "in", tmp_path / "out", model, listing="folder", guard="off").assign(name=lambda t: [Path(p).stem for p in t.path]).set_index("name")
+    told = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("Listing"))
+    assert "1 of 4 photos corrected, most of all b.png" in told and "1 had nothing in common with the others and was left" in told and "1 could not be looked at" in told
+    assert table.overlap["garden"] < 0.03 < table.overlap["a"] and np.isnan(table.overlap["no"])
+    write_photo(tmp_path / "in" / "later.png", wall * 0.9)
+    enhance(tmp_path / "in", tmp_path / "out", model, listing="folder", guard="off")
+    assert f"WARNING listing {tmp_path / 'in'}: 4 of its photos were edited before and keep their correction; with --overwrite all agree" in capsys.readouterr().out
+    enhance(tmp_path / "in" / "a.png", tmp_path / "one", model, listing="folder", guard="off")
+    assert "one photo and has nothing to agree with" in capsys.readouterr().out
+
+
+def test_a_black_and_white_photo_is_known_by_its_source(tmp_path, picture, model):
+    """The model's edit may be tinted: what the photo was decides."""
+    wall = np.full((80, 120, 3), 0.5, np.float32)
+    for name, pixels in dict(a=wall * np.float32([1, 0.96, 0.9]), b=wall * np.float32([1, 0.95, 0.88]), grey=wall).items(): write_photo(tmp_path / "in" / f"{name}.png", pixels)
+    toned = lambda pixels: pixels * np.float32([1, 0.97, 0.85])
+    found = en.agree_listings(find_photos(tmp_path / "in"), "folder", toned)
+    assert found[tmp_path / "in" / "grey.png"][1].a == found[tmp_path / "in" / "grey.png"][1].b == 0
