@@ -17,6 +17,7 @@ from autohdr.data.analysis import measure_files, measure_pair
 from autohdr.data.reference import lab_histogram
 from autohdr.data.samples import sample_pairs
 from autohdr.inference.predict import predict
+from autohdr.learn.fit import Fit, fit_head, make_bank
 from autohdr.models.hdrnet import slice_grid, slice_rows
 from autohdr.models.scan import Scan, naive_scan
 from autohdr.models.zoo import create_model
@@ -97,6 +98,22 @@ def large_photo(folder):
     codec = fastest(lambda: write_photo(Path(folder) / "copy.jpg", read_photo(path)), 2)
     edit = fastest(lambda: predict(model, photo.pixels), 2)
     return f"HDRNet on 24 megapixels: the edit takes {edit / codec:.1f} times as long as reading and writing the JPEG ({edit:.2f} s, {codec:.2f} s)"
+
+
+def look_members(folder):
+    one, five = (create_model("look", heads=n).eval() for n in (1, 5))
+    pixels = read_photo(large_jpeg(folder)).pixels
+    single, many = (fastest(lambda: predict(m, pixels, tta=True), 2) for m in (one, five))
+    return f"LookNet on 24 megapixels: five heads and the mirror image take {many / single:.2f} times as long as one head ({many:.2f} s, {single:.2f} s)"
+
+
+def look_training(folder):
+    photos = [torch.rand(6, 170, 256, generator=torch.Generator().manual_seed(i)) for i in range(8)]
+    few, eyes = Fit(updates=20), create_model("look", hidden=8).eval()
+    look = fastest(lambda: make_bank(photos, few, 0, eyes), 1)
+    bank = make_bank(photos, few, 0, eyes)
+    head = fastest(lambda: fit_head(bank, range(8), few), 2) * 15
+    return f"learning from eight photos: looking at their versions, once for all trainings, takes {look / head:.2f} times as long as one training of a head ({look:.1f} s, {head:.1f} s)"
 
 
 def against_plain(label, name, plain):
@@ -266,7 +283,7 @@ def controls(folder):
     return f"strength, exposure, warmth and window pull at 24 megapixels: {cpu:.2f} s of CPU time, {wall:.2f} s wall, {over:.2f} GiB over photo and edit"
 
 
-BENCHES = [ssim_loss, small_read, photo_in_and_out, wide_profile, analysis, histogram_matching, saturation, windows_step, controls, grid_lookup, large_photo, nafnet, darkir, retinexformer, restormer_forward, restormer_training, selective_scan]
+BENCHES = [ssim_loss, small_read, photo_in_and_out, wide_profile, analysis, histogram_matching, saturation, windows_step, controls, grid_lookup, large_photo, look_members, look_training, nafnet, darkir, retinexformer, restormer_forward, restormer_training, selective_scan]
 
 if __name__ == "__main__":
     for bench in BENCHES:
