@@ -49,10 +49,14 @@ def _learnt_line(about) -> str:
     known = _several(len(photos), "photo") + (f" of {_several(len(set(map(str, properties))), 'property', 'properties')}" if properties else "") if photos else ""
     return known + (("; and " if known else "") + "weights whose photos are not known" if unknown else "")
 
-# %% ../../nbs/learn/08_card.ipynb #d5f9b5ed
+# %% ../../nbs/learn/08_card.ipynb #3dfac9a0
 def _score(scores) -> str:
     shown = [(k, f) for k, f in (("l1", "L1 {:.4f}"), ("psnr", "PSNR {:.2f} dB"), ("ssim", "SSIM {:.3f}")) if _number(_part(dict(s=scores), "s").get(k)) is not None]
     return ", ".join(f.format(scores[k]) for k, f in shown)
+
+def _controls_line(about) -> str:
+    try: return in_words(from_metadata(about)) or "neutral"
+    except AutohdrError as e: return _text(e, 400)
 
 def _error_lines(about) -> list: # of (label, text)
     "How well it does on photos that it has not seen, and what simple curves do on the same."
@@ -60,15 +64,12 @@ def _error_lines(about) -> list: # of (label, text)
     ours = _score(_part(metrics, "ours") or metrics)
     if not ours: return [("error", "not known: the file holds no scores")]
     judged = _text(about["metrics_of"]) if isinstance(about.get("metrics_of"), str) else ""
-    lines = [("error", f"{ours}{f' ({judged})' if judged else ''}")]
+    how = "; ".join(filter(None, [judged, "with neutral controls" if _controls_line(about) != "neutral" else ""])) # what the scores say holds for the look, not for what it is turned to
+    lines = [("error", f"{ours}{f' ({how})' if how else ''}")]
     baselines = {_text(k, 40): told for k, v in (_part(metrics, "baselines") or _part(about, "baselines")).items() if (told := _score(v))}
     return lines + [(f"  {k}", told) for k, told in baselines.items()]
 
-# %% ../../nbs/learn/08_card.ipynb #16f0d115
-def _controls_line(about) -> str:
-    try: return in_words(from_metadata(about)) or "neutral"
-    except AutohdrError as e: return _text(e, 400)
-
+# %% ../../nbs/learn/08_card.ipynb #feed081c
 def card_lines(
     look, # a checkpoint's path, or the word base
 ) -> list: # of (label, text)

@@ -7,8 +7,8 @@ __all__ = ['ARCHITECTURES', 'ASSEMBLED', 'BASE_LOOK', 'Architecture', 'model_cla
            'memory_per_pixel', 'seconds_per_megapixel', 'size_of', 'list_models', 'save_model', 'read_metadata',
            'load_model', 'base_look', 'which_look']
 
-# %% ../../nbs/models/02_zoo.ipynb #50a52167
-import importlib, inspect, json, time
+# %% ../../nbs/models/02_zoo.ipynb #258ee43f
+import importlib, inspect, json, math, time
 from dataclasses import dataclass, field
 from pathlib import Path
 import pandas as pd, torch
@@ -141,7 +141,7 @@ def save_model(
     with atomic_path(path) as tmp: save_file(weights, tmp, metadata={"autohdr": json.dumps(about)})
     return Path(path)
 
-# %% ../../nbs/models/02_zoo.ipynb #21d57f6a
+# %% ../../nbs/models/02_zoo.ipynb #dd895e60
 def read_metadata(
     path, # a .safetensors file written by `save_model`
 ) -> dict:
@@ -157,7 +157,19 @@ def read_metadata(
     except (ValueError, RecursionError) as e: raise AutohdrError(f"{path}: what it says of itself is no JSON ({e}); it may be damaged") from e
     if not isinstance(about, dict) or not isinstance(about.get("architecture"), str) or not isinstance(about.get("config"), dict):
         raise AutohdrError(f"{path}: its metadata does not say which architecture and config its weights fit; it was changed after autohdr wrote it")
+    _check_recipe(about.get("recipe", {}), path)
     return about
+
+def _check_recipe(recipe, path):
+    "Refuse a recipe that nothing could be predicted with: it may come from a stranger."
+    odd = lambda what, value, expected: AutohdrError(f"{path}: the {what} in its metadata is {repr(value)[:60]}, expected {expected}; it was changed after autohdr wrote it")
+    if not isinstance(recipe, dict): raise odd("recipe", recipe, "settings such as size: 512")
+    for k in ("size", "input_gamma"):
+        v = recipe.get(k, 1)
+        if isinstance(v, bool) or not isinstance(v, (int, float)) or not 0 < v < math.inf: raise odd(f"recipe's {k}", v, "a positive number")
+        if k == "size" and v != int(v): raise odd("recipe's size", v, "a whole number of pixels")
+    for k in ("tta", "squash"):
+        if not isinstance(recipe.get(k, False), bool): raise odd(f"recipe's {k}", recipe[k], "true or false")
 
 # %% ../../nbs/models/02_zoo.ipynb #9c55acae
 def load_model(
