@@ -118,10 +118,10 @@ def test_the_table_tells_spread_and_standard_error_apart():
 def test_who_wins_is_said_only_beyond_chance():
     answer = lambda ours, scatter=0.003, folds=5: crossing(made_up(dict(gamma=[0.1] * 3, ours=ours), folds, scatter), "ours", "gamma")
     won = answer([0.12, 0.08, 0.07])
-    assert won["pairs"] == 4 and won["sentence"].startswith("ours beats gamma from 4 pairs on: with 8, 0.0") and "less (95% interval -0.0" in won["sentence"]
+    assert won["pairs"] == 4 and won["sentence"].startswith("ours beats gamma from 4 pairs on; with 8, 0.0") and "less (95% interval -0.0" in won["sentence"]
     assert answer([0.08, 0.08, 0.07])["pairs"] == 2
     lost = answer([0.2, 0.18, 0.15])
-    assert lost["pairs"] is None and "not beat gamma within the 8 pairs tried: with 8, 0.0" in lost["sentence"] and "more (95% interval +0.0" in lost["sentence"]
+    assert lost["pairs"] is None and "not beat gamma within the 8 pairs tried; with 8, 0.0" in lost["sentence"] and "more (95% interval +0.0" in lost["sentence"]
     noise = answer([0.1, 0.1, 0.095], scatter=0.05)
     assert noise["pairs"] is None and "no difference that chance could not explain" in noise["sentence"]
     lucky = answer([0.1, 0.06, 0.1])
