@@ -1,6 +1,5 @@
 """`autohdr learn` from end to end: a look, a report and a record from a few pairs; sets that are not worth learning from; the first sentence; and the real pairs."""
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -140,11 +139,10 @@ def test_the_base_look_ships_and_is_small():
 
 
 @pytest.mark.skipif(not PAIRS.is_dir(), reason="needs the real pairs of ../shared/data")
-def test_ten_real_pairs_are_better_than_the_studys_sketch(tmp_path):
-    """Half of the usual updates and one seed: what is asserted is far from what the full command reaches."""
+def test_ten_real_pairs_are_better_than_the_studys_sketch():
+    """A third of the usual updates and one seed: what is asserted is far from what the full command reaches."""
     pairs = audit(PAIRS).pairs
-    found, eyes = learn_look(pairs, 15, Fit(updates=150, versions=16), [Plan(5, ("usual",), 1, 1)])
+    found, eyes = learn_look(pairs, 15, Fit(updates=100, versions=12), [Plan(5, ("usual",), 1, 1)])
     scores, _, baselines = score(found, eyes, 256)
     gamma = baselines[baselines.model == "gamma"].l1.mean()
     assert len(scores) == 10 and scores.l1.mean() < 0.08 < gamma
-    shutil.rmtree(tmp_path, ignore_errors=True)
