@@ -147,7 +147,7 @@ def warn_of_start(
     if known := seen_among(read_metadata(file).get("trained_on", {}), pairs):
         print(f"careful: {len(known)} of the {len(pairs)} pairs, such as '{known[0]}', have trained the weights that {learner.label} starts from, or are of a property that did; its curve will flatter it", flush=True)
 
-# %% ../../nbs/learn/05_curve.ipynb #ff912755
+# %% ../../nbs/learn/05_curve.ipynb #9c74787b
 def judge(
     point: Point,
     edit, # function from pixels to edited pixels
@@ -163,6 +163,7 @@ def judge(
         check_bound(rows[-1]["l1"], rows[-1]["psnr"], row["name"])
     return pd.DataFrame(rows)
 
+# %% ../../nbs/learn/05_curve.ipynb #6a6602db
 def curve_of(
     learner: Learner,
     points: list, # of Points

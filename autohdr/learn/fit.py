@@ -106,7 +106,7 @@ def choose(bank, photos): # numbers of photos
     "The part of a bank that belongs to some photos, their versions in one row."
     return {k: v[list(photos)].flatten(0, 1) for k, v in bank.items()}
 
-# %% ../../nbs/learn/03_fit.ipynb #5fe2e7ba
+# %% ../../nbs/learn/03_fit.ipynb #726c9d77
 def new_look(fit: Fit, start=None): # start: a LookNet, whose first head is copied
     "An untrained model."
     if start is None: return create_model("look", hidden=fit.hidden, depth=fit.depth, gamma=fit.gamma, dropout=fit.dropout, smoothness=fit.smoothness)
@@ -115,6 +115,7 @@ def new_look(fit: Fit, start=None): # start: a LookNet, whose first head is copi
     model.heads[0].load_state_dict(start.heads[0].state_dict())
     return model
 
+# %% ../../nbs/learn/03_fit.ipynb #ac2b7493
 def fit_head(
     bank: dict, # from `make_bank`
     photos, # numbers of the photos to learn from

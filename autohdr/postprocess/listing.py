@@ -172,7 +172,7 @@ def light_steps(
     out = np.linalg.solve(np.diag(weight.sum(1) + CALM) - weight, (weight*differs).sum(1))
     return out - np.median(out)
 
-# %% ../../nbs/postprocess/05_listing.ipynb #4a0e3f36
+# %% ../../nbs/postprocess/05_listing.ipynb #b30ed2d2
 OWN, ALIKE = 1.5, .03 # distance from the listing that is a room's own, LAB units; least overlap with others
 BRIGHTER, DARKER, MOST_COLOUR = .5, .25, 8. # EV and LAB units that a photo is corrected by at most
 
@@ -184,6 +184,7 @@ class Correction:
     b: float = 0.        # blue to yellow
     overlap: float = 0.  # what the photo has in common with others of its listing, 0 to 1
 
+# %% ../../nbs/postprocess/05_listing.ipynb #2fde7d82
 def agree(
     photos, # list of edits of one listing, H x W x 3 in [0,1]; small copies do, 256 px are looked at
     strength: float = 1., # 0 leaves them as they are
