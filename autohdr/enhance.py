@@ -6,7 +6,7 @@
 __all__ = ['GUARDS', 'OUTPUTS', 'LISTINGS', 'SMALL', 'SHIFTS', 'WRITING', 'edit_photo', 'say_base', 'enhance_photo',
            'plan_outputs', 'agree_listings', 'check_enhance', 'enhance', 'postprocess_folder']
 
-# %% ../nbs/05_enhance.ipynb #f2e610e1
+# %% ../nbs/05_enhance.ipynb #719d57f0
 import os, threading, time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -19,14 +19,14 @@ from .core import AutohdrError, check_name, each, progress
 from .inference.predict import METHODS, check_gamma, predict
 from .models.zoo import load_model, read_metadata, which_look
 from .photo import FORMATS, MAX_PIXELS, check_encoding, find_photos, is_photo, read_photo, write_photo
-from .postprocess.controls import RANGES, apply_controls, from_metadata, in_words
+from .postprocess.controls import RANGES, Controls, apply_controls, from_metadata, in_words
 from .postprocess.guard import check, fix
 from .postprocess.listing import ALIKE, GROUPINGS, Correction, agree_palettes, apply_correction, group_photos, is_grey, palette
 from .postprocess.pipeline import postprocess, ready
 from .postprocess.tone import check_strength
 from .training.state import pick_device
 
-# %% ../nbs/05_enhance.ipynb #87ae4a17
+# %% ../nbs/05_enhance.ipynb #7b6ae5ce
 GUARDS = ("flag", "fix", "off")
 
 def edit_photo(
@@ -39,6 +39,7 @@ def edit_photo(
     bit_depth: int | None = None, # 8 or 16; None keeps the photo's where the format can
     max_pixels: int = MAX_PIXELS, # larger photos are refused
     turn=None, # a lock that is held while editing, so that only one photo is edited at a time
+    warmth: float = 0., # that was asked for, which the guard shall not take for a cast
 ) -> dict: # flags: the guard's findings in words, a list; blend: share of the edit in what was written, 1 unless fixed
     "Apply a function to one photograph."
     if Path(out_path).resolve() == Path(path).resolve():
@@ -46,18 +47,22 @@ def edit_photo(
     photo = read_photo(path, max_pixels=max_pixels)
     with turn or threading.Lock():
         pixels = edit(photo.pixels)
-        flags = check(photo.pixels, pixels) if guard != "off" else []
-        pixels, blend = fix(photo.pixels, pixels) if flags and guard == "fix" else (pixels, 1.)
+        plain = _warmer(pixels, -warmth) if guard != "off" else pixels
+        flags = check(photo.pixels, plain) if guard != "off" else []
+        mended, blend = fix(photo.pixels, plain) if flags and guard == "fix" else (plain, 1.)
+        if blend < 1: pixels = _warmer(mended, warmth)
     write_photo(out_path, replace(photo, pixels=pixels), quality, subsampling, bit_depth)
     return dict(flags=flags, blend=blend)
 
-# %% ../nbs/05_enhance.ipynb #2873b0a9
+def _warmer(pixels, warmth): return apply_controls(pixels, pixels, Controls(warmth=warmth))
+
+# %% ../nbs/05_enhance.ipynb #819a15cc
 def _loaded(model, device="auto"): return load_model(model, pick_device(device)) if isinstance(model, (str, os.PathLike)) else model
 
 def _taken(names, settings) -> dict: return {k: settings.pop(k) for k in names if k in settings}
 
 def _editor(model, method="auto", tta=None, steps=None, postprocess_strength=1., **turned):
-    "The function that edits a photo's pixels: predict, turn the controls, post-process."
+    "The function that edits a photo's pixels (predict, turn the controls, post-process), and the warmth that it has been asked for."
     steps, controls = ready(steps, model) if steps else None, from_metadata(model.metadata, **turned)
     if told := in_words(controls): print(f"Controls: {told}")
     def edit(pixels):
@@ -65,9 +70,9 @@ def _editor(model, method="auto", tta=None, steps=None, postprocess_strength=1.,
         if not np.isfinite(out.sum()): raise AutohdrError("the model gives values that are not numbers (nan or inf), so there is nothing to write; train it again, or take another checkpoint")
         out = apply_controls(pixels, out, controls)
         return postprocess(out, steps, postprocess_strength) if steps else out
-    return edit
+    return edit, controls.warmth
 
-# %% ../nbs/05_enhance.ipynb #72b6cc13
+# %% ../nbs/05_enhance.ipynb #a4c8f701
 def say_base(model):
     "What edits, where nobody has said it."
     if model in (None, "base", Path("base")):
@@ -86,8 +91,8 @@ def enhance_photo(
 ) -> Path:
     "Edit one photograph; prints what the guard finds."
     say_base(model)
-    edit = _editor(_loaded(which_look(model)), method, tta, steps, postprocess_strength, **_taken(RANGES, settings))
-    found = edit_photo(path, out_path, edit, **settings)
+    edit, warmth = _editor(_loaded(which_look(model)), method, tta, steps, postprocess_strength, **_taken(RANGES, settings))
+    found = edit_photo(path, out_path, edit, warmth=warmth, **settings)
     if found["flags"]: print(f"FLAGGED {path}: {_findings(**found)}")
     return Path(out_path)
 
@@ -217,7 +222,7 @@ def _listing_line(name, rows, unseen) -> str:
     if unseen: said.append(f"{unseen} could not be looked at")
     return f"Listing {name}: {'; '.join(said)}"
 
-# %% ../nbs/05_enhance.ipynb #c94523b1
+# %% ../nbs/05_enhance.ipynb #a9e655eb
 WRITING = ("quality", "subsampling", "bit_depth", "max_pixels")
 
 def _check_settings(known, settings, guard):
@@ -228,13 +233,13 @@ def _check_settings(known, settings, guard):
     if settings.get("bit_depth") not in (None, 8, 16): raise AutohdrError(f"bit depth is {settings['bit_depth']}, expected 8 or 16; left out, each photo keeps its own.")
 
 def _edit_all(source, out, make_edit, format, overwrite, guard, settings, label, listing="off") -> pd.DataFrame:
-    "Edit every photo of a folder with the function that `make_edit` gives."
+    "Edit every photo of a folder with the functions that `make_edit` gives, as `_editor` does."
     photos, base = _find(source, out)
-    plan, edit, turn = plan_outputs(photos, base, out, format), make_edit(), threading.Lock()
+    plan, (edit, warmth), turn = plan_outputs(photos, base, out, format), make_edit(), threading.Lock()
     due = [photo for photo, target in plan if overwrite or not target.exists()]
     agreed = agree_listings(photos, listing, edit, due, settings.get("max_pixels", MAX_PIXELS)) if listing != "off" else {}
     corrected = lambda photo: (lambda pixels: apply_correction(edit(pixels), agreed[photo][1])) if photo in agreed and agreed[photo][1] else edit
-    one = lambda photo, target: edit_photo(photo, target, corrected(photo), guard, turn=turn, **settings)
+    one = lambda photo, target: edit_photo(photo, target, corrected(photo), guard, turn=turn, warmth=warmth, **settings)
     rows = _run(plan, lambda photo, target: _attempt(photo, target, overwrite, one), label)
     table = pd.DataFrame(rows, columns=["path", "out", "status", "flags", "blend", "seconds", "error"])
     if agreed: _note_listings(table, agreed, base)
@@ -289,7 +294,7 @@ def enhance(
     make_edit = lambda: _editor(_loaded(which_look(model), device), steps=steps, postprocess_strength=postprocess_strength, **editing)
     return _edit_all(source, out, make_edit, format, overwrite, guard, settings, "Editing", listing)
 
-# %% ../nbs/05_enhance.ipynb #4458252c
+# %% ../nbs/05_enhance.ipynb #fb67e344
 def postprocess_folder(
     source, # a photograph, or a folder that is searched with its sub-folders
     out, # folder for the results, outside `source`; made if need be
@@ -305,4 +310,4 @@ def postprocess_folder(
     _check_settings(WRITING, settings, guard)
     check_strength(strength)
     steps = ready(steps, reference)
-    return _edit_all(source, out, lambda: lambda pixels: postprocess(pixels, steps, strength), format, overwrite, guard, settings, "Post-processing")
+    return _edit_all(source, out, lambda: (lambda pixels: postprocess(pixels, steps, strength), 0.), format, overwrite, guard, settings, "Post-processing")

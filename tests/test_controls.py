@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 import autohdr.enhance as en
 from autohdr.cli import main
 from autohdr.core import AutohdrError
+from autohdr.data.reference import to_lab
 from autohdr.data.samples import sample_pairs
 from autohdr.enhance import enhance, enhance_photo
 from autohdr.learn.card import card, with_controls
@@ -27,14 +28,14 @@ pytestmark = pytest.mark.filterwarnings("ignore::hypothesis.errors.NonInteractiv
 
 
 class Half(torch.nn.Module):
-    "A model whose effect is known: half the way to white."
-    def __init__(self, **metadata):
+    "A model whose effect is known: half the way to white, and a tint."
+    def __init__(self, tint=(1, 1, 1), **metadata):
         super().__init__()
-        self.weight, self.metadata = torch.nn.Parameter(torch.tensor(0.5)), metadata
+        self.weight, self.tint, self.metadata = torch.nn.Parameter(torch.tensor(0.5)), torch.tensor(tint).view(3, 1, 1), metadata
 
     def decide(self, x): "Its presence says that the model takes a photo whole."
 
-    def forward(self, x): return 1 - (1 - x) * self.weight
+    def forward(self, x): return (1 - (1 - x) * self.weight) * self.tint
 
 
 @pytest.fixture
@@ -142,6 +143,18 @@ def test_enhance_turns_before_post_processing_and_the_guard_sees_all(tmp_path, m
     edits = {s: read_photo(enhance_photo(tmp_path / "in" / "a.png", tmp_path / f"{s}.png", Half(), strength=s, guard="off")).pixels for s in (0, 0.5, 1)}
     assert (edits[0] == before).all() and np.abs(edits[0.5] - (before + edits[1]) / 2).max() < 2e-5
     assert enhance(tmp_path / "in", tmp_path / "blown", Half(), exposure=2)["flags"][0] != "", "what the controls spoil is flagged, too"
+
+
+def test_a_warmth_that_was_asked_for_is_no_cast(tmp_path):
+    "Neither flagged nor blended back; a cast of the look itself is, whatever was asked for."
+    grey = np.repeat(np.random.default_rng(0).uniform(0.2, 0.6, (64, 96, 1)).astype(np.float32), 3, 2)
+    write_photo(tmp_path / "in" / "a.png", Photo(cv2.GaussianBlur(grey, (0, 0), 2), bit_depth=16))
+    plain, warm = (enhance(tmp_path / "in", tmp_path / f"{w}", Half(), warmth=w, guard="fix").iloc[0] for w in (0, 1))
+    assert plain["flags"] == warm["flags"] == "" and warm["blend"] == 1
+    shift = [to_lab(read_photo(row["out"]).pixels)[..., 2].mean() for row in (plain, warm)]
+    assert 9 < shift[1] - shift[0] < 15, shift
+    yellow = Half(tint=(1, 1, 0.7))
+    for w in (0, 1): assert "colour cast" in enhance(tmp_path / "in", tmp_path / f"yellow{w}", yellow, warmth=w)["flags"][0]
 
 
 def test_wrong_controls_are_refused_before_any_work(tmp_path):

@@ -43,12 +43,14 @@ def learnt(tmp_path_factory):
     """A toy look, and photos without an edit."""
     folder = tmp_path_factory.mktemp("learn")
     (folder / "photos").mkdir()
-    pairs = pd.read_csv(table(folder))
+    pairs = pd.read_csv(table(folder, 7)).assign(dropped="")
+    pairs.loc[3, "dropped"] = "not to my taste"
+    pairs.to_csv(folder / "pairs.csv", index=False)
     for k in (6, 7):
         write_photo(folder / "photos" / f"new{k}.jpg", read_photo(scan_pairs("samples")[0].before[k * 3], long_side=150))
     code, told = autohdr("learn", folder / "pairs.csv", "--out", folder / "look.safetensors", "--photos", folder / "photos", "--exposure", 0.1, *TOY)
     assert code == 0, told
-    return folder, told, pairs
+    return folder, told, pairs[pairs.dropped == ""]
 
 
 def test_a_look_a_report_and_a_record(learnt):
@@ -65,6 +67,7 @@ def test_a_look_a_report_and_a_record(learnt):
     assert report.index(metrics["first"].split(",")[0]) < report.index("<h2"), "the first sentence is on top"
     assert "<em>Nothing is known yet" not in report and "new6.jpg" in report and "EV" in report
     assert metrics["first"] in told and "Report:" in told
+    assert "1 of 7 pairs were left out as faulty before, and judge nothing (if they did: L1 0." in about["metrics_of"]
 
 
 def test_the_look_edits_photographs_of_any_shape(learnt, tmp_path):

@@ -112,7 +112,8 @@ def test_an_error_in_one_is_the_error_of_all(pairs, tmp_path):
         launch(team.explode, Recipe(**TWO | dict(batch_size=2, processes=2)), pairs, tmp_path / "run", processes=2, device="cpu")
 
 
-SCRIPT = "import sys; from autohdr.training.processes import launch; from tests import team; launch(team.linger, sys.argv[1], processes=2, device='cpu')"
+# whoever runs the tests in the background of a shell hands down that interrupts are ignored
+SCRIPT = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from autohdr.training.processes import launch; from tests import team; launch(team.linger, sys.argv[1], processes=2, device='cpu')"
 
 
 def alive(pid):

@@ -7,9 +7,10 @@ __all__ = ['COLUMNS', 'SPLITS', 'read_pairs', 'save_pairs', 'NoPairs', 'scan_pai
            'make_table', 'fingerprint', 'working_size', 'read_pair', 'jitter', 'PairDataset', 'EpochSampler',
            'BatchSampler', 'make_loader']
 
-# %% ../../nbs/data/00_pairs.ipynb #1960d224
+# %% ../../nbs/data/00_pairs.ipynb #1a3e5ccc
 import hashlib, io, math, os, re
 from collections import Counter, defaultdict
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
@@ -404,7 +405,7 @@ def fingerprint(
     rows = [(r["name"], r["property"], r["split"], int(r["fold"]), *(hashes.get(r[c], "") for c in files)) for r in pairs.to_dict("records")]
     return hashlib.sha256(repr(sorted(rows)).encode()).hexdigest()[:16]
 
-# %% ../../nbs/data/00_pairs.ipynb #2d166349
+# %% ../../nbs/data/00_pairs.ipynb #a6803913
 def working_size(
     height, width, # of the photo
     size=None, # long side in pixels, None: as it is
@@ -426,9 +427,18 @@ def _read(path, size=None, squash=False):
     top, kind = (65535, np.uint16) if photo.bit_depth == 16 else (255, np.uint8)
     return np.round(pixels * top).astype(kind)
 
+@lru_cache(256)
+def _kept(path, state, size, squash): return _read(path, size, squash)
+
+def _read_again(path, size=None, squash=False):
+    "The same; small copies are kept a while, since a large file takes a second to decode and is asked for time and again."
+    if size is None or size > 1024 or not os.path.isfile(path): return _read(path, size, squash)
+    found = os.stat(path)
+    return _kept(os.path.abspath(path), (found.st_mtime_ns, found.st_size, found.st_ino), size, squash)
+
 def _unit(pixels): return pixels.astype(np.float32) / np.float32(np.iinfo(pixels.dtype).max)
 
-# %% ../../nbs/data/00_pairs.ipynb #5367c675
+# %% ../../nbs/data/00_pairs.ipynb #391725e8
 def _read_mask(path, height, width):
     "A window mask as H x W x 1 of uint8, 255 inside; all 0 where there is none."
     if not path: return np.zeros((height, width, 1), np.uint8)
@@ -440,7 +450,7 @@ def read_pair(
     squash: bool = False, # to size x size
 ): # before and after, H x W x 3 in [0,1], and the window mask H x W of bool, or None where the table has none for it
     "Read one pair at working size, exactly as `PairDataset` gives it unaugmented."
-    before, after = (_unit(_read(row[side], size, squash)) for side in ("before", "after"))
+    before, after = (_unit(_read_again(row[side], size, squash)) for side in ("before", "after"))
     mask = row.get("window", "")
     return before, after, _read_mask(mask, *before.shape[:2])[..., 0] > 127 if mask else None
 

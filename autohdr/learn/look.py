@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MANY', 'LARGE', 'pick_way', 'sized', 'fold_pairs', 'single_photos', 'learn_look', 'may_start', 'training_seconds',
-           'measured_seconds', 'score', 'seed_spread', 'against_gamma', 'first_sentence', 'trained_on', 'write_look']
+           'measured_seconds', 'score', 'score_left_out', 'seed_spread', 'against_gamma', 'first_sentence',
+           'trained_on', 'write_look']
 
 # %% ../../nbs/learn/06_look.ipynb #37fe034c
 import math, time
@@ -110,7 +111,7 @@ def measured_seconds(photos, eyes, fit, trainers, seed) -> float:
     trainers.train(jobs(tenth), "Timing")
     return (time.monotonic() - start) * fit.updates / tenth
 
-# %% ../../nbs/learn/06_look.ipynb #c14e4d96
+# %% ../../nbs/learn/06_look.ipynb #6df6cec4
 def score(
     trials: Trials,
     eyes, # LookNet with trained eyes
@@ -126,6 +127,17 @@ def score(
         seeds += [evaluate(edit([h]), held, size).assign(fold=k, seed=s) for s, h in enumerate(heads)] if len(heads) > 1 else [scores[-1].assign(seed=0)]
         baselines.append(compare_baselines(learnt, held, size).assign(fold=k))
     return tuple(pd.concat(t, ignore_index=True) for t in (scores, seeds, baselines))
+
+def score_left_out(
+    trials: Trials,
+    eyes, # LookNet with trained eyes
+    pairs: pd.DataFrame, # that the audit left out as faulty, so that nothing learnt from them
+    size: int = 512, # long side, pixels
+) -> pd.DataFrame: # a row per photo: fold, and the scores
+    "What the look would be told if they judged, too; each by models that never saw its property."
+    house = trials.pairs.groupby("house")["fold"].first()
+    fold = pairs["property"].map(house).fillna(min(trials.models)).astype(int)
+    return pd.concat([evaluate(partial(predict, assemble(trials.models[k], eyes), tta=True), held, size).assign(fold=k) for k, held in pairs.groupby(fold.to_numpy())], ignore_index=True)
 
 def seed_spread(seeds: pd.DataFrame) -> dict: # score to mean and sd over the seeds
     "What single trainings score, and how far they lie apart."
