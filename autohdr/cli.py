@@ -156,7 +156,7 @@ def enhance(
     table = _enhance_with_report(report, given) if report else edit(**given)
     if (table.status == "failed").any(): raise typer.Exit(1)
 
-# %% ../nbs/07_cli.ipynb #08b040da
+# %% ../nbs/07_cli.ipynb #bdce7cf7
 def _tell_look(out, run_dir, photos):
     "What has been learnt, the first sentence first, and what to do with it."
     import json
@@ -189,11 +189,13 @@ def learn(
     import json
     if out.suffix != ".safetensors": raise AutohdrError(f"--out is {out}; expected a name that ends in .safetensors")
     if out.exists() and not overwrite: raise AutohdrError(f"{out} exists: give another name, or say --overwrite to replace it.")
+    if (place := out.with_suffix("")).is_file() or (place.is_dir() and any(place.iterdir()) and not (place/"status.json").exists()):
+        raise AutohdrError(f"{place} is there already and no run, and the report would go there, as --out is {out.name}: give another name, such as --out {out.with_stem(out.stem + '_look')}")
     given = dict(pairs=source, photos=photos or "", property_from=property_from or "", keep=json.dumps(keep), anyway=anyway, minutes=minutes, out=out.absolute(), seed=seed,
                  way=recipe or "auto", strength=strength, exposure=exposure, warmth=warmth, window_pull=window_pull)
     for text in parameter:
         if text.partition("=")[0].strip() in given: raise AutohdrError(f"-p {text}: say it as an option, see autohdr learn --help.")
-    run_dir = _execute_into("learn", [*(f"{k}={v}" for k, v in given.items()), *parameter], out.with_suffix(""), out.stem, overwrite)
+    run_dir = _execute_into("learn", [*(f"{k}={v}" for k, v in given.items()), *parameter], place, out.stem, overwrite)
     _tell_look(out, run_dir, photos)
 
 # %% ../nbs/07_cli.ipynb #cabf2a6e

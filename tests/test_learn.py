@@ -84,6 +84,12 @@ def test_an_existing_look_is_not_replaced_unasked(learnt):
     assert code == 1 and "--overwrite" in told
 
 
+def test_a_look_called_like_the_folder_of_pairs_is_refused_with_another_name(tmp_path):
+    (tmp_path / "smith" / "before").mkdir(parents=True)
+    code, told = autohdr("learn", tmp_path / "smith", "--out", tmp_path / "smith.safetensors", *TOY)
+    assert code == 1 and "smith_look.safetensors" in told and [p.name for p in (tmp_path / "smith").iterdir()] == ["before"]
+
+
 def test_one_pair_is_refused_in_words(tmp_path):
     code, told = autohdr("learn", table(tmp_path, 1), "--out", tmp_path / "look.safetensors", *TOY)
     assert code != 0 and "one pair" in told and not (tmp_path / "look.safetensors").exists()
