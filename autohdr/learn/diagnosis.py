@@ -91,18 +91,19 @@ def clipped(
     if not where.any(): return math.nan
     return float((brightest(edit)[where] >= WHITE).mean() - (brightest(target)[where] >= WHITE).mean())
 
-# %% ../../nbs/learn/01_diagnosis.ipynb #3b3f6bdc
+# %% ../../nbs/learn/01_diagnosis.ipynb #90936b7d
 def saturation(
     edit, target, # h x w x 3 LAB, at equal exposure
     grey, # h x w of bool, near-neutral
     where, # h x w of bool
-) -> float: # ratio less 1; nan where the target has no colour
+) -> float: # ratio less 1; nan where neither has colour
     "How much more colourful the coloured part of the photo is."
     far = [np.hypot(*(v[..., i] - (v[..., i][grey].mean() if grey.any() else 0) for i in (1, 2))) for v in (edit, target)]
-    coloured = where & (far[1] > 10)
+    either = (far[0] + far[1])/2
+    coloured = where & (either > 10)
     if coloured.sum() < max(1, .01*where.size): return math.nan
-    coloured &= far[1] >= np.median(far[1][coloured])
-    return float(far[0][coloured].mean(dtype=np.float64)/far[1][coloured].mean(dtype=np.float64) - 1)
+    coloured &= either >= np.median(either[coloured])
+    return float(far[0][coloured].mean(dtype=np.float64)/max(5., far[1][coloured].mean(dtype=np.float64)) - 1)
 
 # %% ../../nbs/learn/01_diagnosis.ipynb #bdecca9f
 def best_curve(
@@ -127,7 +128,7 @@ def local_error(
     left = [np.abs(best_curve(moved[:, c], t[:, c]) - t[:, c]).mean() for c in range(3)]
     return float(min(np.mean(left), np.abs(e - t).mean()))
 
-# %% ../../nbs/learn/01_diagnosis.ipynb #4722aa69
+# %% ../../nbs/learn/01_diagnosis.ipynb #2db09747
 @dataclass(frozen=True)
 class Quantity:
     "What a number of the diagnosis means."
@@ -152,7 +153,7 @@ QUANTITIES = dict(
     highlights=Quantity("Highlights", "points", .025, "highlights too dull by {}", "highlights too bright by {}", f"95th percentile of grey {_EQUAL}."),
     clipped=Quantity("Clipped to white", "share", .03, "", "{} more of the room clipped to white", "Share of the room with a channel at 0.98 or more, edit minus target.", ".0%"),
     saturation=Quantity("Saturation", "ratio - 1", .15, "colours {} too weak", "colours {} too strong",
-        "Distance from grey of what is coloured in the target, at equal exposure, edit over target, minus 1.", ".0%"),
+        "Distance from grey of what is coloured in edit or target, at equal exposure, edit over target, minus 1.", ".0%"),
     local=Quantity("Unevenness", "L1", .023, "", "uneven: {} of the error is local",
         "Mean absolute error of the room that is left after the best change of the whole photo."))
 

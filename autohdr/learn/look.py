@@ -71,7 +71,7 @@ def single_photos(pairs: pd.DataFrame) -> list: # of names
         names.append(known)
     return names
 
-# %% ../../nbs/learn/06_look.ipynb #1109c6d6
+# %% ../../nbs/learn/06_look.ipynb #29418fad
 def learn_look(
     pairs: pd.DataFrame, # from the audit
     minutes: float = 15., # for all of it, about
@@ -90,7 +90,7 @@ def learn_look(
         left = .7 * (minutes - 2 * (time.monotonic() - start) / 60) # the rest is for banks, scores and the report
         plan = make_plan(left, seconds, trainers.workers, properties, plans, may_start(pairs))
         need = plan.trainings() * seconds / trainers.workers / 60
-        print(f"one training takes {seconds:.1f} s; {plan.trainings()} of them, {trainers.workers} at a time: about {need:.1f} of the {minutes:g} minutes that are given" + (", more than there are" if need > left else ""), flush=True)
+        print(f"one training takes {seconds:.1f} s; {plan.trainings()} of them, {trainers.workers} at a time: about {need:.1f} of the {minutes:.3g} minutes that are left" + (", more than there are" if need > left else ""), flush=True)
         return nested(fold_pairs(pairs, plan.folds, seed), photos, eyes, plan, trainers, fit, seed), eyes
 
 def may_start(pairs: pd.DataFrame) -> bool:
