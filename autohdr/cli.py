@@ -156,7 +156,16 @@ def enhance(
     table = _enhance_with_report(report, given) if report else edit(**given)
     if (table.status == "failed").any(): raise typer.Exit(1)
 
-# %% ../nbs/07_cli.ipynb #bdce7cf7
+# %% ../nbs/07_cli.ipynb #7c48689f
+def _place_of(out, overwrite) -> Path:
+    "The folder for a look's report and record, if look and folder can be written."
+    if out.suffix != ".safetensors": raise AutohdrError(f"--out is {out}; expected a name that ends in .safetensors")
+    if out.exists() and not overwrite: raise AutohdrError(f"{out} exists: give another name, or say --overwrite to replace it.")
+    place = out.with_suffix("")
+    if place.is_file() or (place.is_dir() and any(place.iterdir()) and not (place/"status.json").exists()):
+        raise AutohdrError(f"{place} is there already and no run, and the report would go there, as --out is {out.name}: give another name, such as --out {out.with_stem(out.stem + '_look')}")
+    return place
+
 def _tell_look(out, run_dir, photos):
     "What has been learnt, the first sentence first, and what to do with it."
     import json
@@ -167,6 +176,7 @@ def _tell_look(out, run_dir, photos):
     for row in worst.itertuples(): print(f"worst: {row.name}, L1 {row.l1:.4f}: {row.words}")
     print(f"Look:    {out}\nReport:  {run_dir/'report.html'}\nUse it:  autohdr enhance {photos or 'PHOTOS'} --model {out} --out edited")
 
+# %% ../nbs/07_cli.ipynb #73f605e2
 @app.command()
 def learn(
     source: Annotated[str, typer.Argument(metavar="PAIRS", help="A folder of before/after photos, a CSV, or 'samples'.")],
@@ -187,10 +197,7 @@ def learn(
 ):
     "Learn a studio's look from a handful of pairs, with the error that it will have on photos it has never seen."
     import json
-    if out.suffix != ".safetensors": raise AutohdrError(f"--out is {out}; expected a name that ends in .safetensors")
-    if out.exists() and not overwrite: raise AutohdrError(f"{out} exists: give another name, or say --overwrite to replace it.")
-    if (place := out.with_suffix("")).is_file() or (place.is_dir() and any(place.iterdir()) and not (place/"status.json").exists()):
-        raise AutohdrError(f"{place} is there already and no run, and the report would go there, as --out is {out.name}: give another name, such as --out {out.with_stem(out.stem + '_look')}")
+    place = _place_of(out, overwrite)
     given = dict(pairs=source, photos=photos or "", property_from=property_from or "", keep=json.dumps(keep), anyway=anyway, minutes=minutes, out=out.absolute(), seed=seed,
                  way=recipe or "auto", strength=strength, exposure=exposure, warmth=warmth, window_pull=window_pull)
     for text in parameter:
