@@ -24,14 +24,14 @@ from tests.toys import toy, wait_until
 STEPS = """
 import time
 from pathlib import Path
-from autohdr.core import StopRequested, stop_requested
+from autohdr.core import StopRequested, stop_requested, write_text
 saved = Path(run_dir, "saved")
 at = int(saved.read_text()) if saved.exists() else 0
 with open(Path(run_dir, "times"), "a") as f: f.write(f"{time.time()} ")
 print("begun at", at, flush=True)
 for step in range(at, steps):
     time.sleep(0.1)
-    saved.write_text(str(step + 1))
+    write_text(saved, str(step + 1))  # whole at any moment, since it is killed at any
     if stop_requested(): raise StopRequested(f"saved at step {step + 1}")
 with open(Path(run_dir, "times"), "a") as f: f.write(f"{time.time()} ")
 """
