@@ -121,7 +121,7 @@ def _enhance_with_report(report, given):
     print(f"Report: {run_dir/'report.html'}")
     return pd.read_csv(run_dir/"photos.csv")
 
-# %% ../nbs/07_cli.ipynb #feeb29e7
+# %% ../nbs/07_cli.ipynb #17326be8
 @app.command()
 def enhance(
     source: Annotated[Path, typer.Argument(metavar="PHOTO-OR-FOLDER", help="A photo, or a folder of them, searched with its sub-folders.")],
@@ -143,7 +143,7 @@ def enhance(
     postprocess_strength: Annotated[Optional[float], typer.Option(min=0, max=1, help="Of the post-processing.")] = None,
     report: Annotated[Optional[Path], typer.Option(metavar="FOLDER", help="Make a report in this folder: flagged photos first, with sliders and figures.")] = None,
     gamma: Annotated[Optional[float], typer.Option(help="Exponent on the photo before the model. Only the one that it was trained with is taken, and that comes by itself.")] = None,
-    listing: Annotated[str, typer.Option(help="Photos that belong together agree in white balance, and in a fifth to a half of an exposure that is too dark (less of one too bright): folder (those of one folder), auto (a folder is split where the camera paused for more than half an hour) or off.")] = "off",
+    listing: Annotated[str, typer.Option(help="Photos that belong together agree in white balance, and in a fifth to a half of an exposure that is too dark (less of one too bright): folder (those of one folder), auto (a folder is split where the camera paused for more than half an hour, unless photos from both sides show the same things) or off.")] = "off",
     overwrite: Annotated[bool, typer.Option(help="Replace edits that are there already.")] = False,
 ):
     "Edit photographs with a look, at full size, metadata kept. A photo that fails doesn't stop the rest."

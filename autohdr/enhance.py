@@ -6,7 +6,7 @@
 __all__ = ['GUARDS', 'OUTPUTS', 'LISTINGS', 'SMALL', 'SHIFTS', 'WRITING', 'edit_photo', 'say_base', 'enhance_photo',
            'plan_outputs', 'agree_listings', 'check_enhance', 'enhance', 'postprocess_folder']
 
-# %% ../nbs/05_enhance.ipynb #719d57f0
+# %% ../nbs/05_enhance.ipynb #06fc36f7
 import os, threading, time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +21,8 @@ from .models.zoo import load_model, read_metadata, which_look
 from .photo import FORMATS, MAX_PIXELS, check_encoding, find_photos, is_photo, read_photo, write_photo
 from .postprocess.controls import RANGES, Controls, apply_controls, from_metadata, in_words
 from .postprocess.guard import check, fix
-from .postprocess.listing import ALIKE, GROUPINGS, Correction, agree_palettes, apply_correction, group_photos, is_grey, palette
+from .postprocess.grouping import GROUPINGS, group_photos
+from .postprocess.listing import ALIKE, Correction, agree_palettes, apply_correction, is_grey, palette
 from .postprocess.pipeline import postprocess, ready
 from .postprocess.tone import check_strength
 from .training.state import pick_device
@@ -255,7 +256,7 @@ def _report(table, out):
     for row in flagged.itertuples(): print(f"FLAGGED {row.path}: {_findings([row.flags], row.blend)}")
     for row in table[table["status"] == "failed"].itertuples(): print(f"FAILED {row.path if row.path not in row.error else ''} {row.error}")
 
-# %% ../nbs/05_enhance.ipynb #b351c0b9
+# %% ../nbs/05_enhance.ipynb #2b8922e0
 def check_enhance(
     source, out, model=None, format=None, overwrite=False, device="auto", guard="flag", steps=None, postprocess_strength=1., gamma=None, # as for `enhance`
     listing="off", **settings, # as for `enhance`
@@ -284,7 +285,7 @@ def enhance(
     steps=None, # post-processing, see `autohdr.postprocess.pipeline.read_steps`; the model's own look is the reference unless one is named
     postprocess_strength: float = 1., # of the post-processing
     gamma: float | None = None, # exponent on the photo before the model: only the one that the model was trained with is taken, and that comes by itself
-    listing: str = "off", # photos that belong together: folder, auto (a folder is split where the camera paused for more than half an hour), or off. They agree in white balance, and in a fifth to a half of an exposure that is too dark, less of one too bright
+    listing: str = "off", # photos that belong together: folder, auto (a folder is split where the camera paused for more than half an hour, unless photos from both sides show the same things), or off. They agree in white balance, and in a fifth to a half of an exposure that is too dark, less of one too bright
     **settings, # strength, exposure, warmth, window_pull as `Controls` has them, None as the look says; method, tta as for `predict`; quality, subsampling, bit_depth, max_pixels as for `edit_photo`
 ) -> pd.DataFrame: # a row per photo: path, out, status (edited, skipped, failed), flags, blend (share of the edit), seconds (waiting for its turn included), error; with a listing also listing, exposure_shift (EV), a_shift, b_shift (LAB units), overlap (with its partners, 0 to 1)
     "Edit every photograph at full size; the originals are only read."

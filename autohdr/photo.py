@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'SUFFIXES', 'TIFF_TAGS', 'MAX_PIXELS', 'SRGB', 'ADOBE_RGB', 'SUBSAMPLINGS', 'PhotoError', 'Photo',
-           'is_photo', 'find_photos', 'read_size', 'resize', 'fit', 'read_photo', 'check_encoding', 'write_photo']
+           'is_photo', 'find_photos', 'read_size', 'read_exif', 'resize', 'fit', 'read_photo', 'check_encoding',
+           'write_photo']
 
 # %% ../nbs/01_photo.ipynb #376fb6b8
 import importlib, mmap, os, re, struct, warnings, zlib
@@ -285,7 +286,7 @@ def _header(
                          "If the file is what it says, read it with a larger max_pixels.")
     return header
 
-# %% ../nbs/01_photo.ipynb #bd9db623
+# %% ../nbs/01_photo.ipynb #71e5d111
 @contextmanager
 def _named(path, doing):
     "Turn any error in the block into a `PhotoError` that names the file."
@@ -312,6 +313,14 @@ def read_size(
     with _named(path, "read"), open(path, "rb") as file: header = _header(path, file, max_pixels)
     turned = max(header.orientation, _clean_exif(header.exif, path)[1]) >= 5
     return (header.width, header.height) if turned else (header.height, header.width)
+
+def read_exif(
+    path, # a photograph
+    max_pixels: int = MAX_PIXELS, # larger ones are refused
+) -> bytes: # as `Photo.exif` holds it, b"" where there is none
+    "EXIF of a photograph from its header alone."
+    path = _existing(path)
+    with _named(path, "read"), open(path, "rb") as file: return _clean_exif(_header(path, file, max_pixels).exif, path)[0]
 
 # %% ../nbs/01_photo.ipynb #86123661
 def _linear(v):

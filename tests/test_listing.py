@@ -7,7 +7,8 @@ from autohdr.data.reference import to_lab
 from autohdr.data.samples import decode, encode, sample_pairs
 from autohdr.data.scenes import make_house, rgb
 from autohdr.photo import fit, read_photo
-from autohdr.postprocess.listing import BRIGHTER, DARKER, MOST_COLOUR, Correction, agree, apply_correction, gains, group_photos, neutral_spread
+from autohdr.postprocess.grouping import group_photos
+from autohdr.postprocess.listing import BRIGHTER, DARKER, MOST_COLOUR, Correction, agree, apply_correction, gains, neutral_spread
 
 HOUSES = ("house02", "house05", "house07", "house12", "house13", "house21")
 

@@ -4,22 +4,20 @@
 
 # %% auto #0
 __all__ = ['LIGHTNESS', 'SIDE', 'CELL', 'BINS', 'STEP', 'REACH', 'NEIGHBOURS', 'FAR', 'SURE', 'PLAIN', 'CALM', 'OWN', 'ALIKE',
-           'BRIGHTER', 'DARKER', 'MOST_COLOUR', 'TABLE', 'GROUPINGS', 'PAUSE', 'tint', 'gains', 'Patches', 'patches',
-           'Palette', 'is_grey', 'palette', 'overlaps', 'colour_steps', 'light_steps', 'Correction', 'agree',
-           'agree_palettes', 'curve', 'apply_correction', 'neutral_spread', 'group_photos']
+           'BRIGHTER', 'DARKER', 'MOST_COLOUR', 'TABLE', 'tint', 'gains', 'Patches', 'patches', 'Palette', 'is_grey',
+           'palette', 'overlaps', 'colour_steps', 'light_steps', 'Correction', 'agree', 'agree_palettes', 'curve',
+           'apply_correction', 'neutral_spread']
 
-# %% ../../nbs/postprocess/05_listing.ipynb #51f523d4
-import os
+# %% ../../nbs/postprocess/05_listing.ipynb #6d224835
 from collections import defaultdict
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
 
-from ..core import AutohdrError, check_name, each
-from ..data.exposures import camera_data
+from ..core import AutohdrError
 from ..data.reference import XYZ, in_strips, to_lab
-from ..photo import fit, read_photo
+from ..photo import fit
 from .tone import check_pixels, check_strength
 
 # %% ../../nbs/postprocess/05_listing.ipynb #1d5028aa
@@ -273,35 +271,3 @@ def neutral_spread(
     L, a, b = np.sqrt(np.mean([c.var(0, ddof=1) for c in shared.values()], 0))
     distance = max(np.hypot(*(c[:, None, 1:] - c[None, :, 1:]).reshape(-1, 2).T).max() for c in shared.values())
     return dict(L=float(L), a=float(a), b=float(b), colour=float(np.hypot(a, b)), distance=float(distance), photos=len(seen))
-
-# %% ../../nbs/postprocess/05_listing.ipynb #48ff0650
-GROUPINGS = ("folder", "auto")
-PAUSE = 30*60 # seconds between two photos beyond which they belong to different listings
-
-def _time(path) -> float:
-    "When a photo was taken, seconds; nan where that is not known or the photo can't be read."
-    try: return camera_data(read_photo(path, long_side=32).exif)["time"]
-    except Exception: return float("nan") # a decoder may raise anything on a broken file; whoever edits the photo will say so
-
-def _sessions(paths) -> list: # of lists of paths
-    "The photos of a folder, split at long pauses; those without a time are one part."
-    times = each(_time, paths, "Reading times")
-    timed = sorted((p for p in paths if times[p] == times[p]), key=lambda p: (times[p], str(p)))
-    parts = [[p for p in paths if times[p] != times[p]]]
-    for i, p in enumerate(timed):
-        if i == 0 or times[p] - times[timed[i - 1]] > PAUSE: parts.append([])
-        parts[-1].append(p)
-    return [part for part in parts if part]
-
-def group_photos(
-    paths, # of photos
-    by: str = "folder", # folder, or auto: a folder is also split where the camera paused for more than half an hour
-) -> dict: # path as given -> name of its listing; in the order in which they were taken, as far as that is known
-    "Which photos are of one listing."
-    check_name(by, GROUPINGS, "grouping")
-    folders, out = defaultdict(list), {}
-    for p in sorted(paths, key=lambda p: str(p)): folders[os.path.dirname(str(p))].append(p)
-    for folder, photos in folders.items():
-        parts = _sessions(photos) if by == "auto" else [photos]
-        for i, part in enumerate(parts, 1): out |= {p: (folder or ".") + (f" ({i})" if len(parts) > 1 else "") for p in part}
-    return out
