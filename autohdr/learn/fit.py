@@ -22,7 +22,7 @@ from ..models.zoo import create_model
 from ..training.recipe import ema_weight
 from ..training.state import make_schedule
 
-# %% ../../nbs/learn/03_fit.ipynb #80fdc540
+# %% ../../nbs/learn/03_fit.ipynb #864296b9
 @dataclass(frozen=True)
 class Fit:
     "All that fixes the training of a head, beside its photos and its seed."
@@ -46,12 +46,15 @@ class Fit:
 
     def __post_init__(self):
         for name, low in dict(versions=1, side=8, updates=1, batch_size=1, hidden=8, depth=2).items():
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < low: raise AutohdrError(f"{name} is {getattr(self, name)!r}, expected a whole number of {low} or more")
-        for name in ("gamma", "lr", "gamma_jitter", "gain_jitter", "weight_decay", "structure", "smoothness", "ema_decay"):
-            value = as_number(getattr(self, name), float)
-            if value is None or value < 0 or (name in ("gamma", "lr") and not value) or (name == "ema_decay" and value >= 1): raise AutohdrError(f"{name} is {getattr(self, name)!r}, expected a number above 0" + (" and below 1" if name == "ema_decay" else ""))
-        if not 0 < self.crop <= 1: raise AutohdrError(f"crop is {self.crop}, expected above 0 and up to 1")
-        if not 0 <= self.dropout < 1: raise AutohdrError(f"dropout is {self.dropout}, expected 0 or more and below 1")
+            value = as_number(getattr(self, name), int)
+            if value is None or value < low: raise AutohdrError(f"{name} is {getattr(self, name)!r}, expected a whole number of {low} or more")
+            object.__setattr__(self, name, value)
+        for name in ("gamma", "lr", "gamma_jitter", "gain_jitter", "weight_decay", "structure", "smoothness", "crop", "dropout", "ema_decay"):
+            value, positive, most = as_number(getattr(self, name), float), name in ("gamma", "lr", "crop"), dict(crop=1, dropout=.95, ema_decay=.9999).get(name, math.inf)
+            if value is None or not 0 <= value <= most or (positive and not value): raise AutohdrError(f"{name} is {getattr(self, name)!r}, expected a number {'above 0' if positive else 'of 0 or more'}" + (f", {most} at most" if most < math.inf else ""))
+            object.__setattr__(self, name, value)
+        if self.hidden % 8: raise AutohdrError(f"hidden is {self.hidden}, expected a multiple of 8")
+        if not isinstance(self.start, bool): raise AutohdrError(f"start is {self.start!r}, expected true or false")
 
 # %% ../../nbs/learn/03_fit.ipynb #9fb2efb5
 SEEN = 128 # side of the copy that the model sees, in pixels
@@ -191,7 +194,7 @@ def assemble(
     whole.eyes.load_state_dict(eyes.eyes.state_dict())
     return whole.eval()
 
-# %% ../../nbs/learn/03_fit.ipynb #035cb68a
+# %% ../../nbs/learn/03_fit.ipynb #6f7adce1
 @dataclass(frozen=True)
 class Job:
     "One training of many."
@@ -210,20 +213,20 @@ def _watch_parent():
     threading.Thread(target=watch, daemon=True).start()
 
 def _work(job: Job):
-    "Train one head in a process of its own; what comes back is its weights."
+    "Train one head in a process of its own; what comes back is its weights, as numpy arrays: torch would keep an open file for each tensor."
     torch.set_num_threads(1)
     if job.bank not in _banks: _banks[job.bank] = load_file(job.bank)
     from autohdr.models.zoo import base_look, load_model
     model = fit_head(_banks[job.bank], job.photos, job.fit, job.seed, load_model(base_look()) if job.fit.start else None)
-    return model.config, {k: v for k, v in model.state_dict().items() if not k.startswith("eyes.")}
+    return model.config, {k: v.numpy() for k, v in model.state_dict().items() if not k.startswith("eyes.")}
 
 def revive(config, weights):
     "A model without eyes from what a process gave back."
     model = create_model("look", **config)
-    model.load_state_dict(weights | {k: v for k, v in model.state_dict().items() if k.startswith("eyes.")})
+    model.load_state_dict({k: torch.from_numpy(v) for k, v in weights.items()} | {k: v for k, v in model.state_dict().items() if k.startswith("eyes.")})
     return model.eval()
 
-# %% ../../nbs/learn/03_fit.ipynb #e7430c3c
+# %% ../../nbs/learn/03_fit.ipynb #b7f08bbd
 def cores() -> int:
     "Processors that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -231,6 +234,7 @@ def cores() -> int:
 class Trainers:
     "Processes that train heads, and the folder for their banks; to be used in `with`."
     def __init__(self, workers: int = 0, folder=None): # 0: one per core; where the banks' folder is made, None: among the temporary files
+        if as_number(workers, int) is None or workers < 0: raise AutohdrError(f"workers is {workers!r}, expected 0 (one per core) or more")
         self.workers, self.place = workers or min(cores(), 16), folder
     def __enter__(self):
         self.folder = tempfile.TemporaryDirectory(prefix="autohdr-bank-", dir=self.place, ignore_cleanup_errors=True)

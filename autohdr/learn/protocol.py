@@ -6,10 +6,11 @@
 __all__ = ['VARIANTS', 'SHARES', 'PLANS', 'TRIED', 'Plan', 'make_plan', 'make_gallery', 'trial', 'wins', 'pick', 'Trials',
            'variant_fit', 'Nested', 'nested', 'choice_table']
 
-# %% ../../nbs/learn/04_protocol.ipynb #347d439b
+# %% ../../nbs/learn/04_protocol.ipynb #81e1d91a
 import itertools, time
 from dataclasses import dataclass, replace
 import numpy as np, pandas as pd, torch
+from ..core import AutohdrError
 from .fit import Fit, Job, Trainers, gamma_cells, make_bank, own_gamma, shrink, squashed
 
 # %% ../../nbs/learn/04_protocol.ipynb #be4892d2
@@ -35,7 +36,7 @@ class Plan:
 
 PLANS = (Plan(), Plan(variants=("usual", "base look")), Plan(variants=("usual",)), Plan(variants=("usual",), seeds=2, members=3), Plan(3, ("usual",), 1, 2), Plan(2, ("usual",), 1, 1))
 
-# %% ../../nbs/learn/04_protocol.ipynb #9b08245b
+# %% ../../nbs/learn/04_protocol.ipynb #25d2ff7b
 def make_plan(
     minutes: float, # for all of it
     seconds: float, # that one training takes
@@ -47,6 +48,7 @@ def make_plan(
     "The richest plan that fits; the poorest if none does."
     for plan in plans:
         names = tuple(v for v in plan.variants if base or not VARIANTS[v].get("start"))
+        if not names: raise AutohdrError(f"the variant '{plan.variants[0]}' can't be used: there is no base look, or it has seen one of these pairs, or has another gamma; expected one of {', '.join(v for v in VARIANTS if not VARIANTS[v].get('start'))} beside it")
         plan = replace(plan, folds=min(plan.folds, properties), variants=names)
         if plan.trainings() * seconds / workers <= 60 * minutes: break
     return plan
@@ -117,7 +119,7 @@ def _chosen(found: list, first) -> tuple: # found: dicts (variant, share) -> err
     choice = pick(joined, first) if joined else first
     return choice, {c: float(np.mean(e)) for c, e in joined.items()}
 
-# %% ../../nbs/learn/04_protocol.ipynb #035e8483
+# %% ../../nbs/learn/04_protocol.ipynb #71913abd
 class Nested:
     "Banks, trainings and trials of one nested cross-validation."
     def __init__(self, pairs, photos, eyes, fit: Fit, plan: Plan, trainers: Trainers, seed: int = 0):
@@ -133,7 +135,8 @@ class Nested:
 
     def job(self, variant: str, out: tuple, seed: int) -> Job:
         "Train without some folds."
-        return Job(self.bank(variant, self.seed + seed), tuple(self.learnt(out)), variant_fit(self.fit, variant), self.seed + seed)
+        seed += 1000 * self.seed # two cross-validations share no training
+        return Job(self.bank(variant, seed), tuple(self.learnt(out)), variant_fit(self.fit, variant), seed)
 
     def learnt(self, out: tuple) -> list: "Numbers of the photos outside some folds."; return np.flatnonzero(~np.isin(self.fold, out)).tolist()
 
@@ -150,7 +153,7 @@ class Nested:
         "The errors of a model that was trained without some folds, one of them being `fold`, on the photos of that."
         return trial([model], self.gallery, np.flatnonzero(self.fold == fold), self.gamma(out))
 
-# %% ../../nbs/learn/04_protocol.ipynb #be6f9e59
+# %% ../../nbs/learn/04_protocol.ipynb #c24ab8eb
 def nested(
     pairs: pd.DataFrame, # with folds 0 to k - 1
     photos: list, # 6 x h x w tensors, before and after, in the order of the pairs
@@ -165,8 +168,9 @@ def nested(
     two = [tuple(sorted(p)) for p in itertools.combinations(folds, 2)] if plan.folds > 2 else []
     found = run.train([(v, out, 0) for v in plan.variants for out in [*two, *((k,) for k in folds)]], "Trying")
     first, errors = (plan.variants[0], 1.), lambda out, k: {(v, s): e for v in plan.variants for s, e in zip(SHARES, run.tried(found[v, out, 0], out, k).T)}
-    chosen = {k: _chosen([errors(out, j) for out in two if k in out for j in out if j != k], first) for k in folds}
-    chosen["all"] = _chosen([errors((k,), k) for k in folds] if two else [], first) # with two folds nothing is chosen, so that what is scored is what is shipped
+    inner = {k: [errors(out, j) for out in two if k in out for j in out if j != k] for k in folds}
+    fair = all(sum(len(f[first]) for f in inner[k]) > 2 for k in folds) # where a fold can't choose, the look doesn't either, so that what is scored is what is shipped
+    chosen = {k: _chosen(inner[k], first) for k in folds} | {"all": _chosen([errors((k,), k) for k in folds] if fair else [], first)}
     more = run.train([(chosen[k][0][0], (k,), s) for k in folds for s in range(1, plan.seeds)] + [(chosen["all"][0][0], (), s) for s in range(plan.members)], "Training")
     heads = lambda k: [shrink((found | more)[chosen[k][0][0], (k,), s], chosen[k][0][1], run.gamma((k,))) for s in range(plan.seeds)]
     final = [shrink(more[chosen["all"][0][0], (), s], chosen["all"][0][1], run.gamma(())) for s in range(plan.members)]
