@@ -97,10 +97,13 @@ def parse_override(
     try: return p.name, yaml.safe_load(value)
     except yaml.YAMLError: raise AutohdrError(f"The value of '{text}' can't be read; lists are written [1, 2], text with special characters in quotes.") from None
 
-# %% ../../nbs/runs/00_spec.ipynb #67de25a5
+# %% ../../nbs/runs/00_spec.ipynb #c77d6b67
+_NOUN = r"(?:file|folder|path|checkpoint)s?"
+_PATH = re.compile(rf"(?:[\w ]+: )*(?:'[^']*',? (?:or )?)?(?:(?:an?|the) (?:\w+ ){{0,2}}{_NOUN}\b|{_NOUN}(?=$|[,;.]| (?:of|with|for|to|from|in|that|which)\b))", re.I)
+
 def is_path(p: Parameter) -> bool:
     "Does the parameter take the path of a file or a folder, or a list of them?"
-    return p.kind in ("str", "list") and re.search(r"\b(file|folder|path|checkpoint)s?\b", p.help, re.I) is not None
+    return p.kind in ("str", "list") and _PATH.match(p.help) is not None
 
 def resolve_path(
     p: Parameter,
