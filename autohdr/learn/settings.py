@@ -12,7 +12,7 @@ import pandas as pd
 from ..photo import fit
 from ..postprocess.controls import Controls, apply_controls, find_views, to_edges
 
-# %% ../../nbs/learn/09_settings.ipynb #d14ab190
+# %% ../../nbs/learn/09_settings.ipynb #8cb51ff5
 EXPOSURES, WARMTHS, PULLS = (-.4, -.3, -.2, -.1, 0., .1, .2, .3, .4), (-.2, -.1, 0., .1, .2), (0., .15, .3, .45, .6, .8, 1.)
 TRIED = dict(light=[dict(exposure=e, warmth=w) for e in EXPOSURES for w in WARMTHS], windows=[dict(window_pull=v) for v in PULLS])
 FEWEST = 4 # photos that must tell
@@ -30,6 +30,7 @@ def try_settings(
         if where.any(): out[name] = np.array([np.abs(v - after)[where].mean(dtype=np.float64) for v in turned])
     return out
 
+# %% ../../nbs/learn/09_settings.ipynb #54fd2114
 def settings_table(
     tried: list, # of dicts from `try_settings`
     folds, # the fold of each photo

@@ -48,7 +48,7 @@ def shared_points(
     _, kept = cv2.findFundamentalMat(one[0][pairs[:, 0]], other[0][pairs[:, 1]], cv2.USAC_MAGSAC, OFF, .999, 2000)
     return 0 if kept is None else int(kept.sum())
 
-# %% ../../nbs/postprocess/06_grouping.ipynb #646df486
+# %% ../../nbs/postprocess/06_grouping.ipynb #536fc7e3
 GROUPINGS = ("folder", "auto")
 PAUSE = 30*60 # seconds between two photos beyond which they belong to different listings, unless they show the same things
 
@@ -71,6 +71,7 @@ def _sessions(paths) -> list: # of lists of paths: the first without times, the 
         parts[-1].append(p)
     return parts
 
+# %% ../../nbs/postprocess/06_grouping.ipynb #869a52cf
 def _joined(parts) -> list: # of lists of paths; parts: as `_sessions` gives them
     "The same, joined where photos show the same things: neighbouring sessions, and photos without a time with any."
     lost, *sessions = parts
@@ -86,6 +87,7 @@ def _joined(parts) -> list: # of lists of paths; parts: as `_sessions` gives the
     out = [[p for q in session for p in (q, *(p for p in found if found[p] == q))] for session in out]
     return [part for part in ([p for p in lost if p not in found], *out) if part]
 
+# %% ../../nbs/postprocess/06_grouping.ipynb #ac8d064b
 def group_photos(
     paths, # of photos
     by: str = "folder", # folder, or auto: a folder is also split where the camera paused for more than half an hour, unless photos from both sides show the same things

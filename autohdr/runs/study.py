@@ -281,7 +281,7 @@ def _check_overrides(entries: list, overrides):
     known = {k for entry in {e.recipe: e for e in entries}.values() for k in _declared(entry)}
     for text in overrides: check_name(text.partition("=")[0].strip(), known, "parameter")
 
-# %% ../../nbs/runs/06_study.ipynb #cee6e5a4
+# %% ../../nbs/runs/06_study.ipynb #7fb9a267
 def _plain(value): return json.loads(json.dumps(value, default=str))
 
 def _differences(task: Task, status: dict, read: bool) -> list: # of texts
@@ -298,6 +298,7 @@ def _differences(task: Task, status: dict, read: bool) -> list: # of texts
     except (OSError, AutohdrError) as e: return [f"what it reads can't be read: {e}"]
     return [f"{k}: the {'photos' if k.endswith('pairs') else 'file'} changed" for k in {**status["inputs"], **digests} if status["inputs"].get(k) != digests.get(k)]
 
+# %% ../../nbs/runs/06_study.ipynb #f6e54b2b
 def judge(
     task: Task,
     read: bool = True, # whether the files that it reads are compared, too
