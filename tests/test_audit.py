@@ -1,5 +1,6 @@
 """Does the audit see what is wrong with a set of pairs, and is it silent where nothing is? Sets are made from a few of the sample pairs, small."""
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -8,7 +9,9 @@ import pytest
 from autohdr.core import AutohdrError
 from autohdr.data.pairs import assign_folds, save_pairs, scan_pairs
 from autohdr.data.samples import decode, encode, sample_pairs
+from autohdr.learn import look
 from autohdr.learn.audit import AXES, LEVELS, audit, cut, looks, rest, two_looks
+from autohdr.learn.look import fold_pairs
 from autohdr.photo import fit, read_photo, write_photo
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "pairs"
@@ -74,6 +77,11 @@ def test_copies_dont_hide_exchanged_pairs(tmp_path, photos):
     assert [f.kind for f in found.stops] == ["exchanged"] and set(found.stops[0].names) == {"room0", "room1", "room2", "room3"}
 
 
+def test_the_one_pair_that_is_edited_at_all_gets_darker_than_no_others(tmp_path, photos):
+    found = audit(lay_out(tmp_path, [photos[0][::-1], *((a, a * 0.99) for _, a in photos[1:4])]))
+    assert "exchanged" not in kinds(found)
+
+
 @pytest.mark.parametrize("n, wrong", [(2, [1]), (3, [0]), (4, [2]), (5, [3]), (5, [0, 4])])
 def test_single_exchanged_pairs_are_named(tmp_path, photos, n, wrong):
     found = audit(lay_out(tmp_path, [(a, b) if i in wrong else (b, a) for i, (b, a) in enumerate(photos[:n])]))
@@ -121,12 +129,55 @@ def test_one_picture_again_and_again(tmp_path, photos):
     assert "contradictory" not in kinds(found)
 
 
-def test_pictures_alike_in_folds_that_are_kept(tmp_path, photos):
+def in_one_fold(pairs, *names, folds=5):
+    """With each of some seeds."""
+    return all(fold_pairs(pairs, folds, seed).set_index("name").fold[list(names)].nunique() == 1 for seed in range(6))
+
+
+def test_pictures_alike_come_together_whatever_folds_the_table_has(tmp_path, photos):
     pairs, _ = scan_pairs(lay_out(tmp_path, [*photos[:3], tuple(v * 0.98 for v in photos[0])]))
-    save_pairs(pairs.assign(fold=[0, 1, 0, 1]), tmp_path / "table.csv")
+    save_pairs(pairs.assign(split=["train", "train", "test", "test"], fold=[0, 1, 0, 1]), tmp_path / "table.csv")
     found = audit(tmp_path / "table.csv")
-    assert any("different splits or folds" in f.text and f.level == "warn" for f in found.findings)
-    assert list(found.pairs.fold) == [0, 1, 0, 1] and found.pairs.property.nunique() == 4
+    assert found.pairs.scene.tolist() == found.pairs.property.tolist() == ["room0", "room1", "room2", "room0"]
+    assert set(found.pairs.fold) == {-1} and set(found.pairs.split) == {""} and in_one_fold(found.pairs, "room0", "room3", folds=3)
+    assert the(found, "splits").names == ["room0", "room1", "room2", "room3"] and "4 of 4 pairs a split or fold, which isn't used" in the(found, "splits").text
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory, photos):
+    """Pairs of one house: two rooms edited again from a copy of the photo, a burst, and a pair that shares a photo with each of two others."""
+    folder, (b0, a0), (b1, a1) = tmp_path_factory.mktemp("house"), *photos[:2]
+    lay_out(folder, [*photos[:6], (b0, darker(a0, 0.2)), (b1, darker(a1, 0.1)), tuple(v * 0.97 for v in photos[2])])
+    rows = [dict(name=f"h1/room{i}", before=str(folder / f"before/room{i}.png"), after=str(folder / f"after/room{i}.png"), property="h1") for i in range(9)]
+    return pd.DataFrame([*rows, dict(name="h1/link", before=rows[1]["before"], after=rows[3]["after"], property="h1")])
+
+
+def test_in_one_house_the_same_picture_stays_in_one_fold(tmp_path, house):
+    found = audit(house, clean=False)
+    groups = {frozenset(g) for g in found.pairs.groupby("scene").name.agg(list)}
+    joined = [["h1/room0", "h1/room6"], ["h1/room2", "h1/room8"], ["h1/room1", "h1/room3", "h1/room7", "h1/link"]]
+    assert set(found.pairs.property) == {"h1"} and groups == {*map(frozenset, joined), frozenset(["h1/room4"]), frozenset(["h1/room5"])}
+    assert set(found.pairs.scene) == {min(g) for g in groups}, "the first of them gives the name"
+    save_pairs(found.manifest, tmp_path / "pairs.csv")
+    for pairs in (found.pairs, scan_pairs(tmp_path / "pairs.csv")[0], audit(tmp_path / "pairs.csv", clean=False).pairs):
+        assert list(pairs.scene) == list(found.pairs.scene) and all(in_one_fold(pairs, *names) for names in joined)
+
+
+def test_twins_of_two_houses_join_them(house):
+    other = house.iloc[[4, 5, 6]].assign(name=["h2/a", "h2/b", "h3/again"], property=["h2", "h2", "h3"]) # h3's is room0 again
+    pairs = audit(pd.concat([house.iloc[:4], other])).pairs
+    assert set(pairs.property) == {"h1", "h2"} and in_one_fold(pairs, "h1/room0", "h1/room1", "h1/room2", "h1/room3", "h3/again", folds=2)
+
+
+def test_a_faulty_twin_is_judged_by_models_that_never_saw_its_picture(house, monkeypatch):
+    seen = audit(house, clean=False).pairs
+    faulty, used = seen[seen.name == "h1/room6"], seen[seen.name != "h1/room6"]
+    monkeypatch.setattr(look, "assemble", lambda heads, eyes: heads)
+    monkeypatch.setattr(look, "evaluate", lambda edit, held, size: held.assign(judge=edit.args[0]))
+    for seed in range(6):
+        pairs = fold_pairs(used, 4, seed)
+        judged = look.score_left_out(SimpleNamespace(pairs=pairs, models={k: k for k in range(4)}), None, faulty)
+        assert judged.judge.tolist() == judged.fold.tolist() == pairs.fold[pairs.name == "h1/room0"].tolist()
 
 
 def test_edited_already(tmp_path, photos):

@@ -7,8 +7,8 @@ __all__ = ['LEVELS', 'DARKER', 'EXCHANGED', 'EDITED', 'CLOSE', 'TRIAL', 'SOME', 
            'WIDE', 'CHANCE', 'ALIKE', 'SPLIT', 'FAR', 'SAME', 'SMALL', 'FACTS', 'PLAIN', 'REMEDY', 'Finding', 'Audit',
            'count', 'listed', 'stops', 'exchanged', 'edited_signs', 'one_exchanged', 'uncertainty', 'few', 'edited',
            'Axis', 'looks', 'rest', 'cut', 'too_wide', 'difference', 'example', 'in_words', 'two_looks', 'odd_ones',
-           'at_odds', 'same_scene', 'join_alike', 'edited_twice', 'contradictory', 'alike', 'small', 'against',
-           'left_out', 'unusual', 'files', 'examine', 'audit']
+           'at_odds', 'same_scene', 'join_alike', 'equal', 'firsts', 'edited_twice', 'contradictory', 'alike', 'small',
+           'against', 'left_out', 'unusual', 'files', 'splits', 'examine', 'audit']
 
 # %% ../../nbs/learn/00_audit.ipynb #4cf5cfe7
 import math
@@ -25,13 +25,13 @@ from ..data.matching import PROBLEMS
 from ..data.pairs import COLUMNS, NoPairs, scan_pairs
 from ..data.samples import decode
 
-# %% ../../nbs/learn/00_audit.ipynb #7168b746
+# %% ../../nbs/learn/00_audit.ipynb #89ce15c0
 LEVELS = ("stop", "warn", "note")
 
 @dataclass
 class Finding:
     "One thing that was seen in a set of pairs."
-    kind: str        # few, exchanged, edited, contradictory, alike, small, left_out, unusual or files
+    kind: str        # few, exchanged, edited, contradictory, alike, small, left_out, unusual, splits or files
     level: str       # of LEVELS
     text: str        # what is seen, with names and figures
     advice: str      # what to do
@@ -40,7 +40,7 @@ class Finding:
 @dataclass
 class Audit:
     "What was seen, and the pairs that are left to learn from."
-    pairs: pd.DataFrame    # the table to learn from; pairs that show the same picture are of one property
+    pairs: pd.DataFrame    # the table to learn from, without splits and folds; pairs that show the same picture are of one property, and `scene` names the first of them
     manifest: pd.DataFrame # all pairs that could be read, with `reasons` and `dropped`
     measures: pd.DataFrame # as `analyse` gives them
     findings: list         # of Finding, the weightiest first
@@ -107,14 +107,14 @@ def edited_signs(table, start, end) -> list: # of str
     if len(table) > 3 and spread[0] < .7*spread[1]: signs.append(f"the befores are more alike in brightness (± {spread[0]:.1f} EV against ± {spread[1]:.1f} EV)")
     return signs
 
-# %% ../../nbs/learn/00_audit.ipynb #08a6557d
+# %% ../../nbs/learn/00_audit.ipynb #f471ea05
 def one_exchanged(
     names, # of the pairs
     change, # EV by which each gets brighter
 ) -> list: # of Finding
     "Do single pairs get darker while the others get brighter?"
     darker = change < -DARKER
-    if not darker.any() or np.median(change[~darker]) <= DARKER: return []
+    if not darker.any() or darker.all() or np.median(change[~darker]) <= DARKER: return [] # there are no others, or they don't
     said = ", ".join(f"'{n}' gets {-c:.1f} EV darker" for n, c in list(zip(names[darker], change[darker]))[:4])
     more, one = darker.sum() - 4, darker.sum() == 1
     text = f"{said}{f' (and {more} more)' if more > 0 else ''} while the others get brighter: are {'its before and after' if one else 'their befores and afters'} exchanged?"
@@ -307,7 +307,7 @@ def at_odds(
             return [Finding("contradictory", "warn", text, "Look at both, and take out the one that isn't edited as you want.", [a["name"], b["name"]])]
     return []
 
-# %% ../../nbs/learn/00_audit.ipynb #6469b59a
+# %% ../../nbs/learn/00_audit.ipynb #4aa62f90
 SAME = .8 # correlation of the edges of two photos from which on they show the same
 
 def same_scene(
@@ -323,19 +323,25 @@ def same_scene(
     return found
 
 def join_alike(
-    pairs: pd.DataFrame, # the table; splits and folds that are there already stay
-    names, same, # of the measured pairs, and what `same_scene` says of them
-) -> tuple: # (a new table, names of pairs that could not be joined, since their splits or folds differ)
-    "Give pairs that show the same picture one property."
-    pairs, torn = pairs.copy(), []
-    pairs["property"] = pairs["property"].where(pairs["property"] != "", pairs["name"])
-    own = pairs.set_index("name").loc[list(names), "property"].to_numpy()
-    _, label = connected_components(same | (own[:, None] == own[None]), directed=False)
-    for group in (np.flatnonzero(label == i) for i in np.unique(label[same.any(1)])):
-        rows = pairs["property"].isin(own[group])
-        if pairs.loc[rows, ["split", "fold"]].drop_duplicates().shape[0] > 1: torn += [names[i] for i in group if same[i].any()]
-        else: pairs.loc[rows, "property"] = own[group[0]]
-    return pairs, torn
+    pairs: pd.DataFrame, # the table, with `scene` for pairs that share a photo
+    names, same, # of all its pairs, as measured, and what `same_scene` says of them
+) -> pd.DataFrame: # a new table
+    "Say in `scene` which pairs show the same picture, and give these one property."
+    rows = pairs.set_index("name").loc[list(names)]
+    own = rows["property"].where(rows["property"] != "", rows.index).to_numpy()
+    scene = firsts(same | equal(rows["scene"].to_numpy()))
+    house = firsts(equal(scene) | equal(own))
+    by_name = lambda values: pairs["name"].map(dict(zip(rows.index, values)))
+    return pairs.assign(scene=by_name(rows.index.to_numpy()[scene]), property=by_name(own[house]))
+
+def equal(values) -> np.ndarray: "n x n of bool: which rows have the same value."; return values[:, None] == values[None]
+
+def firsts(
+    linked, # n x n of bool
+) -> np.ndarray: # n numbers of rows
+    "The first row that each is linked to, directly or through others."
+    label = connected_components(linked, directed=False)[1]
+    return np.unique(label, return_index=True)[1][label]
 
 # %% ../../nbs/learn/00_audit.ipynb #a19e73fe
 def edited_twice(
@@ -363,12 +369,11 @@ def contradictory(
     told = [n for f in twice for n in f.names]
     return twice + (two_looks(seen) or odd_ones(seen, told))
 
-# %% ../../nbs/learn/00_audit.ipynb #5a06cfef
+# %% ../../nbs/learn/00_audit.ipynb #72a40bb7
 def alike(
     pairs: pd.DataFrame, # the table to learn from, after `join_alike`
     same, # n x n of bool: which of these pairs show the same picture
     known: bool, # the property of at least one pair is known
-    torn: list = (), # names from `join_alike`
 ) -> list: # of Finding
     "Are the pairs different enough to learn from?"
     n, names, out = len(pairs), pairs["name"].tolist(), []
@@ -377,7 +382,6 @@ def alike(
     text = f"{'All ' if scenes == 1 else ''}{count(n, 'pair')} show{' one picture' if scenes == 1 else f' only {scenes} different pictures'}: {listed(twins)} are nearly the same."
     if 2*scenes <= n: out.append(Finding("alike", "warn", text, "What is learnt holds for these pictures; add pairs of other rooms and light.", twins))
     elif twins: out.append(Finding("alike", "note", text, "They are kept together, so that none is learnt from while another is scored.", twins))
-    if torn: out.append(Finding("alike", "warn", f"{listed(torn)} show nearly the same picture, but the table has them in different splits or folds: the error will look better than it is.", "Put them into one, or empty the columns `split` and `fold`.", list(torn)))
     if scenes > 1 and known and pairs["property"].nunique() == 1:
         out.append(Finding("alike", "warn", f"All {n} pairs are of one property, '{pairs['property'].iloc[0]}': no trial can say how well other houses would be edited.", "Add pairs of other houses; until then the error holds for this one.", names))
     if not known: out.append(Finding("alike", "note", "No property is known, so each photo counts as a house of its own; photos of one house on both sides of a trial make the error look better than it is.", "If the names tell the house, say how: --property-from '(house[0-9]+)', say, or subfolders per house.", []))
@@ -453,14 +457,25 @@ def files(
     advice = " ".join(REMEDY[w] for w in REMEDY if lost["reason"].str.startswith(w).any())
     return [Finding("files", "warn" if 2*len(lost) > n else "note", f"{count(len(lost), 'file')} can't be used: {text}.", advice, lost["name"].drop_duplicates().tolist())]
 
-# %% ../../nbs/learn/00_audit.ipynb #715864db
+# %% ../../nbs/learn/00_audit.ipynb #1e00c60f
+def splits(
+    pairs: pd.DataFrame, # the table to learn from
+    problems: pd.DataFrame, # from `scan_pairs`
+) -> list: # of Finding
+    "Did the table say who is to judge?"
+    names = problems["name"][problems["reason"].str.startswith("forgotten") & problems["name"].isin(pairs["name"])].tolist()
+    if not names: return []
+    return [Finding("splits", "note", f"The table gives {len(names)} of {count(len(pairs), 'pair')} a split or fold, which isn't used: all of them are learnt from, and judged out of folds that are dealt anew.",
+                    "A pair that shall not be learnt from is left out where its cell `dropped` holds a word.", names)]
+
+# %% ../../nbs/learn/00_audit.ipynb #77c8f9ac
 def examine(
     pairs: pd.DataFrame, # the table to learn from, after `join_alike`
     manifest: pd.DataFrame, # all pairs, with `dropped`
     measures: pd.DataFrame, # of all pairs
     verdicts: pd.DataFrame, # of all pairs
     problems: pd.DataFrame, # from `scan_pairs`
-    known: bool = True, torn=(), # as for `alike`
+    known: bool = True, # as for `alike`
 ) -> list: # of Finding, the weightiest first
     "All findings about a set."
     gone = [bool({"identical", "wrong_partner", "alignment"} & (words := set(d.split("; "))) or (d and not words & set(PLAIN))) for d in manifest["dropped"]] # not `swapped`: those are what is looked for
@@ -471,14 +486,14 @@ def examine(
     equal = problems["name"][problems["reason"].str.startswith("identical")].tolist() + manifest["name"][manifest["dropped"].str.contains("identical")].tolist()
     disagree, done = contradictory(used, same), edited(used, equal)
     told, broken = [n for f in disagree for n in f.names], problems[~problems["name"].isin([n for f in done for n in f.names])]
-    out = [*few(pairs["name"].tolist()), *wrong, *done, *disagree, *alike(pairs, same, known, torn), *small(pairs), *left_out(manifest, verdicts),
-           *unusual(verdicts[verdicts["name"].isin(pairs["name"])], told), *files(broken, len(manifest))]
+    out = [*few(pairs["name"].tolist()), *wrong, *done, *disagree, *alike(pairs, same, known), *small(pairs), *left_out(manifest, verdicts),
+           *unusual(verdicts[verdicts["name"].isin(pairs["name"])], told), *splits(pairs, problems), *files(broken, len(manifest))]
     return sorted(out, key=lambda f: LEVELS.index(f.level))
 
-# %% ../../nbs/learn/00_audit.ipynb #2689cff7
+# %% ../../nbs/learn/00_audit.ipynb #3c924c32
 def _unreadable(problems) -> Audit:
     "The audit of a source without a single pair that could be read."
-    empty, none = pd.DataFrame(columns=[*COLUMNS[:-1], "reasons", "dropped"]), pd.DataFrame(columns=["name", "difference", "grey_before", "grey_after", "cast_before", "cast_after"])
+    empty, none = pd.DataFrame(columns=[*(c for c in COLUMNS if c != "window"), "reasons", "dropped"]), pd.DataFrame(columns=["name", "difference", "grey_before", "grey_after", "cast_before", "cast_after"])
     same = problems["name"][problems["reason"].str.startswith("identical")].tolist()
     done = edited(none, same)
     return Audit(empty, empty, none, few([]) + done + files(problems[~problems["name"].isin(same if done else [])], 0), problems)
@@ -498,15 +513,17 @@ def audit(
     workers: int | None = None, # threads that measure; None: one per core, at most 4
 ) -> Audit:
     "Look at a set of pairs before anything is learnt from it."
-    try: found, problems = scan_pairs(source, property_from, with_dropped=True)
+    try: found, problems = scan_pairs(source, property_from, with_dropped=True, anew=True)
     except NoPairs as e: return _unreadable(e.problems)
     found, problems, measures = _measured(found, problems, workers)
-    for name in sorted(set(keep) & set(problems["name"]) - set(found["name"])): raise AutohdrError(f"'{name}' can't be kept: {problems.set_index('name')['reason'][name]}")
+    lost = problems[~problems["kept"].astype(bool) & ~problems["name"].isin(found["name"])]
+    for name, reason in zip(lost["name"], lost["reason"]):
+        if name in keep: raise AutohdrError(f"'{name}' can't be kept: {reason}")
     if found.empty: return _unreadable(problems)
     verdicts = judge(measures, fit_limits(measures))
     rules = verdicts["rule"].isin(FACTS) | (len(measures) >= MANY)
     known = bool((~found["property"].isin(found["name"])).any()) # pairs that share a file are joined under the name of one of them, which tells no house
-    found, torn = join_alike(found, measures["name"].tolist(), same_scene(measures))
+    found = join_alike(found, measures["name"].tolist(), same_scene(measures))
     manifest = make_manifest(found, measures, verdicts.assign(drop=verdicts["drop"] & rules & clean), keep)
     pairs = manifest[manifest["dropped"] == ""].reset_index(drop=True)
-    return Audit(pairs, manifest, measures, examine(pairs, manifest, measures, verdicts, problems, known, torn), problems)
+    return Audit(pairs, manifest, measures, examine(pairs, manifest, measures, verdicts, problems, known), problems)
