@@ -7,21 +7,22 @@ __all__ = ['FORMATS', 'SUFFIXES', 'TIFF_TAGS', 'MAX_PIXELS', 'SRGB', 'ADOBE_RGB'
            'is_photo', 'find_photos', 'read_size', 'read_exif', 'resize', 'fit', 'read_photo', 'check_encoding',
            'write_photo']
 
-# %% ../nbs/01_photo.ipynb #376fb6b8
-import importlib, mmap, os, re, struct, warnings, zlib
+# %% ../nbs/01_photo.ipynb #0aa870e7
+import hashlib, importlib, mmap, os, re, struct, warnings, zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
+from xml.parsers import expat
 
 import cv2, imagecodecs, numpy as np, tifffile
 from PIL import Image, JpegImagePlugin, TiffImagePlugin, WebPImagePlugin
 
 from .core import AutohdrError, atomic_path, check_name
 
-# %% ../nbs/01_photo.ipynb #a43dde76
+# %% ../nbs/01_photo.ipynb #42dc39e8
 class PhotoError(AutohdrError):
     "A photograph that cannot be read or written; the message names the file."
 
@@ -36,6 +37,10 @@ class Photo:
     grey: bool = False              # the file had one channel
     format: str = "JPEG"            # JPEG, PNG, TIFF, WEBP or RAW
     wide: tuple | None = None       # shape, flat indices and values of the colours outside sRGB
+    xmp: bytes = b""                # XMP packet in UTF-8, orientation 1, no thumbnail
+    iptc: bytes = b""               # IPTC records
+    texts: tuple = ()               # (name, payload) of a PNG's text chunks; a JPEG's comments as chunks with the keyword Comment
+    density: tuple = ()             # dots across, dots down, and the length they are counted over in metres, 0 if only their ratio is known
 
 FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".tif": "TIFF", ".tiff": "TIFF", ".webp": "WEBP",
            ".cr2": "RAW", ".cr3": "RAW", ".nef": "RAW", ".arw": "RAW", ".dng": "RAW"}
@@ -160,7 +165,124 @@ def _any_exif(file) -> bytes:
     try: return _cr3_exif(file) if is_film else _tiff_exif(file)
     except Exception: return b""
 
-# %% ../nbs/01_photo.ipynb #78773f8b
+# %% ../nbs/01_photo.ipynb #cd553262
+_MOST_XMP = 1 << 22  # bytes; brush strokes of an editor reach megabytes
+_STALE = {f"{space} {name}" for space, names in {
+    "http://ns.adobe.com/tiff/1.0/": "Orientation ImageWidth ImageLength BitsPerSample Compression PhotometricInterpretation "
+                                     "SamplesPerPixel PlanarConfiguration YCbCrSubSampling YCbCrPositioning",
+    "http://ns.adobe.com/exif/1.0/": "PixelXDimension PixelYDimension CompressedBitsPerPixel",
+    "http://ns.adobe.com/xap/1.0/": "Thumbnails", "http://ns.adobe.com/xap/1.0/g/img/": "image",
+    "http://ns.adobe.com/xmp/note/": "HasExtendedXMP", "http://ns.adobe.com/hdr-gain-map/1.0/": "Version",
+    "http://ns.google.com/photos/1.0/image/": "Data", "http://ns.google.com/photos/1.0/depthmap/": "Data",
+    "http://ns.google.com/photos/1.0/container/": "Directory",
+    "http://ns.google.com/photos/1.0/camera/": "MicroVideo MicroVideoOffset MotionPhoto"}.items() for name in names.split()}
+
+def _is_stale(name, is_raw) -> bool:
+    "Whether this property (as expat names it) does not hold for the edited picture; an editor's settings for a RAW file do not hold for its development."
+    return " ".join(name.split(" ")[:2]) in _STALE or is_raw and name.startswith("http://ns.adobe.com/camera-raw-")
+
+# %% ../nbs/01_photo.ipynb #d7afa156
+_TAG = re.compile(rb"""<(?:[^"'>]|"[^"]*"|'[^']*')*>""")
+_ATTRIBUTE = re.compile(rb"""\s+([^\s=]+)\s*=\s*(?:"[^"]*"|'[^']*')""")
+
+def _stale_parts(
+    xmp: bytes, is_raw: bool,
+) -> list: # (start, end, replacement), in order
+    "The parts of an XMP packet that are to be replaced; raises if it is not sound XML in UTF-8."
+    parts, opened, depth = [], None, 0
+    parser = expat.ParserCreate("utf-8", " ")
+    parser.namespace_prefixes = True  # names are "namespace name prefix"
+    short = lambda name: ":".join(name.split(" ")[:0:-1]).encode()
+    def start(name, attributes):
+        nonlocal depth, opened
+        depth += 1
+        if opened: return
+        tag, stale = _TAG.match(xmp, parser.CurrentByteIndex), {short(n) for n in attributes if _is_stale(n, is_raw)}
+        if _is_stale(name, is_raw): opened = depth, tag, b"<%b>1</%b>" % (short(name), short(name)) if " Orientation" in name else b""
+        elif stale: parts.append((tag.start(), tag.end(), _ATTRIBUTE.sub(lambda a: _fresh(a) if a[1] in stale else a[0], tag[0])))
+    def end(name):
+        nonlocal depth, opened
+        if opened and opened[0] == depth:
+            tag, instead = opened[1:]
+            last = tag if tag[0].endswith(b"/>") else _TAG.match(xmp, parser.CurrentByteIndex)
+            parts.append((tag.start(), last.end(), instead))
+            opened = None
+        depth -= 1
+    def doctype(*_): raise ValueError("it has a document type")
+    parser.StartElementHandler, parser.EndElementHandler, parser.StartDoctypeDeclHandler = start, end, doctype
+    parser.Parse(xmp, True)
+    return parts
+
+def _fresh(attribute) -> bytes: return b' %b="1"' % attribute[1] if attribute[1].endswith(b":Orientation") else b""
+
+# %% ../nbs/01_photo.ipynb #9d9f625f
+def _clean_xmp(
+    xmp: bytes, # as found in the file
+    path, # for the warning
+    is_raw: bool = False,
+) -> bytes:
+    "Take what does not hold for an edited picture out of an XMP packet; one that cannot be read is dropped with a warning."
+    try:
+        if len(xmp) > _MOST_XMP: raise ValueError(f"it has more than {_MOST_XMP:,} bytes")
+        xmp = xmp.rstrip(b"\0")
+        parts = _stale_parts(xmp, is_raw) if xmp else []
+    except (ValueError, expat.ExpatError) as e:
+        warnings.warn(f"{path}: its XMP data cannot be used ({e}) and was dropped.")
+        return b""
+    kept, at = [], 0
+    for start, end, instead in parts:
+        kept += [xmp[at:start], instead]
+        at = end
+    return b"".join([*kept, xmp[at:]])
+
+# %% ../nbs/01_photo.ipynb #65a1c5ea
+_XMP, _MORE_XMP = b"http://ns.adobe.com/xap/1.0/\0", b"http://ns.adobe.com/xmp/extension/\0"
+
+def _xmp_note(guid: bytes) -> bytes:
+    "The packet that stands for one that is too long."
+    return (b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description rdf:about="" '
+            b'xmlns:xmpNote="http://ns.adobe.com/xmp/note/" xmpNote:HasExtendedXMP="%b"/></rdf:RDF></x:xmpmeta>' % guid)
+
+def _md5(data) -> bytes: return hashlib.md5(data, usedforsecurity=False).hexdigest().upper().encode()
+
+def _xmp_segments(xmp) -> list: # payloads for APP1
+    "An XMP packet in as many segments as it takes."
+    if not xmp: return []
+    if len(xmp) <= 65533 - len(_XMP): return [_XMP + xmp]
+    xmp = re.sub(rb"<\?xpacket[^>]*\?>\s*", b"", xmp).strip()  # the wrapper is not part of an extension
+    guid = _md5(xmp)
+    pieces = [_MORE_XMP + guid + struct.pack(">II", len(xmp), i) + xmp[i:i+65400] for i in range(0, len(xmp), 65400)]
+    return [_XMP + _xmp_note(guid), *pieces]
+
+def _joined_xmp(
+    xmp: bytes, # the packet of the usual segment
+    pieces: dict, # name of the extension: {offset: bytes}
+) -> bytes: # as it was, with its note, if the extension is not whole
+    "A packet with its extension put into it."
+    found = re.search(rb"""\s[\w.-]+:HasExtendedXMP\s*=\s*["']([0-9A-Fa-f]{32})["']""", xmp)
+    parts = pieces.get(found[1], {}) if found else {}
+    more = b"".join(parts[i] for i in sorted(parts))
+    if not parts or _md5(more) != found[1].upper(): return xmp
+    if xmp == _xmp_note(found[1]): return more
+    inner = re.search(rb"<rdf:RDF\b[^>]*>(.*)</rdf:RDF\s*>", more, re.S)
+    at = xmp.rfind(b"</rdf:RDF")
+    return (xmp[:at] + inner[1] + xmp[at:]).replace(found[0], b"") if inner and at > 0 else xmp
+
+# %% ../nbs/01_photo.ipynb #06cac1e1
+def _iptc_of(blocks: bytes) -> bytes:
+    "The IPTC records among Photoshop's resources; b'' if there are none."
+    at = 0
+    while at + 12 <= len(blocks) and blocks[at:at+4] == b"8BIM":
+        start = at + 6 + (blocks[at+6] + 2)//2*2  # after the name, which is padded to even length
+        if start + 4 > len(blocks): break
+        size, = struct.unpack_from(">I", blocks, start)
+        if blocks[at+4:at+6] == b"\4\4": return blocks[start+4:start+4+size]
+        at = start + 4 + size + size % 2
+    return b""
+
+def _iptc_block(iptc: bytes) -> bytes: return b"8BIM\4\4\0\0" + struct.pack(">I", len(iptc)) + iptc + bytes(len(iptc) % 2)
+
+# %% ../nbs/01_photo.ipynb #9f34ea75
 @dataclass
 class _Header:
     format: str          # as in `Photo`
@@ -170,6 +292,10 @@ class _Header:
     icc: bytes = b""
     channels: int = 3    # 1 grey, 3 RGB, 4 CMYK
     orientation: int = 1 # where it is not in `exif`
+    xmp: bytes = b""     # as stored
+    iptc: bytes = b""
+    texts: tuple = ()    # as in `Photo`
+    density: tuple = ()
 
 # %% ../nbs/01_photo.ipynb #bdcc0636
 _MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])", re.S)  # inside a scan, ff00 is data and ffd0-ffd7 are restarts
@@ -192,7 +318,7 @@ def _jpeg_is_whole(data, at) -> bool:
         at = found.end() + (struct.unpack_from(">H", data, found.end())[0] if found.end() + 2 <= len(data) else 2)
     return False
 
-# %% ../nbs/01_photo.ipynb #acb8e173
+# %% ../nbs/01_photo.ipynb #b7b5de86
 def _jpeg_header(data) -> _Header:
     "Size, EXIF and ICC profile (which may lie in several pieces, ICC.1 annex B.4) of a JPEG."
     header, pieces = _Header("JPEG", 0, 0), {}
@@ -202,9 +328,24 @@ def _jpeg_header(data) -> _Header:
         elif marker == 0xe1 and payload[:6] == b"Exif\0\0" and not header.exif: header.exif = payload[6:]
         elif marker == 0xe2 and payload[:12] == b"ICC_PROFILE\0": pieces[payload[12]] = payload[14:]
     header.icc = b"".join(pieces[i] for i in sorted(pieces))
+    _jpeg_texts(header, data)
     return header
 
-# %% ../nbs/01_photo.ipynb #e65c0053
+def _jpeg_texts(header, data):
+    "Put XMP, IPTC, comments and density (JFIF 1.02) of a JPEG into its header."
+    xmp, pieces, blocks, texts = b"", {}, [], []
+    for marker, payload, _ in _jpeg_segments(data):
+        if marker == 0xe0 and payload[:5] == b"JFIF\0" and len(payload) >= 12:
+            unit, across, down = struct.unpack_from(">BHH", payload, 7)
+            if unit <= 2 and payload[7:12] != b"\0\0\1\0\1": header.density = across, down, (0, 0.0254, 0.01)[unit]
+        elif marker == 0xe1 and payload.startswith(_XMP): xmp = xmp or payload[len(_XMP):]
+        elif marker == 0xe1 and payload.startswith(_MORE_XMP) and len(payload) >= 75:
+            pieces.setdefault(payload[35:67], {})[struct.unpack_from(">I", payload, 71)[0]] = payload[75:]
+        elif marker == 0xed and payload.startswith(b"Photoshop 3.0\0"): blocks.append(payload[14:])
+        elif marker == 0xfe: texts.append((b"tEXt", b"Comment\0" + payload))
+    header.xmp, header.iptc, header.texts = _joined_xmp(xmp, pieces), _iptc_of(b"".join(blocks)), tuple(texts)
+
+# %% ../nbs/01_photo.ipynb #9e47ac6d
 def _png_chunks(data):
     "Yield (name, payload) of every chunk, the picture's own excepted (PNG specification, 5.3)."
     at, name = 8, b""
@@ -214,18 +355,30 @@ def _png_chunks(data):
         at += 12 + size
     if at > len(data): raise ValueError("the file ends too early")
 
+_PNG_XMP = b"XML:com.adobe.xmp\0"
+
 def _png_header(data) -> _Header:
-    "Size, EXIF and ICC profile of a PNG."
-    header = _Header("PNG", 0, 0)
+    "What a PNG says of itself."
+    header, texts = _Header("PNG", 0, 0), []
     for name, payload in _png_chunks(data):
         if name == b"IHDR":
             header.width, header.height, _, kind = struct.unpack_from(">IIBB", payload)
             header.channels = 1 if kind in (0, 4) else 3
         elif name == b"eXIf": header.exif = payload
         elif name == b"iCCP": header.icc = zlib.decompressobj().decompress(payload[payload.index(b"\0")+2:], 1 << 24)
+        elif name == b"iTXt" and payload.startswith(_PNG_XMP): header.xmp = _png_xmp(payload)
+        elif name in (b"tEXt", b"zTXt", b"iTXt") and not payload.startswith(b"Raw profile type "): texts.append((name, payload))  # profile: EXIF again
+        elif name == b"pHYs": header.density = struct.unpack(">IIB", payload)
+    header.texts = tuple(texts)
     return header
 
-# %% ../nbs/01_photo.ipynb #8c36fc4c
+def _png_xmp(payload) -> bytes:
+    "The packet of an iTXt chunk: keyword, whether it is packed, how, language, keyword in that language, text."
+    text = payload[len(_PNG_XMP)+2:].split(b"\0", 2)[-1]
+    try: return zlib.decompressobj().decompress(text, _MOST_XMP + 1) if payload[len(_PNG_XMP)] else text
+    except zlib.error: return text  # which is no XML and will be dropped as such
+
+# %% ../nbs/01_photo.ipynb #eb3a8a12
 _TIFF_CHANNELS = {"MINISBLACK": 1, "MINISWHITE": 1, "RGB": 3, "YCBCR": 3, "PALETTE": 3, "SEPARATED": 4}
 
 def _tiff_header(file) -> _Header:
@@ -238,16 +391,27 @@ def _tiff_header(file) -> _Header:
             raise ValueError(f"its pixels are {page.dtype or page.bitspersample}, expected 8- or 16-bit integers")
         icc, turn = page.tags.valueof(34675, b""), page.tags.valueof(274, 1)
         header = _Header("TIFF", page.imagelength, page.imagewidth, b"", icc, _TIFF_CHANNELS[name], int(turn) if 1 <= turn <= 8 else 1)
+        header.xmp, header.iptc = _tiff_texts(tif)
     file.seek(0)
     header.exif = _any_exif(file)
     return header
 
-def _webp_header(file) -> _Header:
-    "Size, EXIF and ICC profile of a WebP."
-    with WebPImagePlugin.WebPImageFile(file) as image:
-        return _Header("WEBP", image.height, image.width, image.info.get("exif", b""), image.info.get("icc_profile", b""))
+def _tiff_texts(tif) -> tuple: # XMP and IPTC
+    "XMP and IPTC of an open TIFF's first page."
+    def raw(tag):
+        if not (found := tif.pages[0].tags.get(tag)): return b""
+        tif.filehandle.seek(found.valueoffset)
+        return tif.filehandle.read(found.valuebytecount)
+    iptc = raw(33723) or _iptc_of(raw(34377))
+    if iptc[:1] != b"\x1c" and iptc[3:4] == b"\x1c": iptc = np.frombuffer(iptc[:len(iptc)//4*4], np.uint32).byteswap().tobytes()  # stored as numbers
+    return raw(700), iptc
 
-# %% ../nbs/01_photo.ipynb #cae31886
+def _webp_header(file) -> _Header:
+    "What a WebP says of itself."
+    with WebPImagePlugin.WebPImageFile(file) as image:
+        return _Header("WEBP", image.height, image.width, image.info.get("exif", b""), image.info.get("icc_profile", b""), xmp=image.info.get("xmp", b""))
+
+# %% ../nbs/01_photo.ipynb #2d2e6ca1
 def _rawpy(path):
     "The rawpy module, or a clear word on how to get it."
     try: return importlib.import_module("rawpy")
@@ -258,7 +422,20 @@ def _raw_header(path, file) -> _Header:
     with _rawpy(path).imread(str(path)) as raw:
         size = raw.sizes
         height, width = (size.width, size.height) if size.flip & 4 else (size.height, size.width)
-    return _Header("RAW", height, width, _any_exif(file))
+    header = _Header("RAW", height, width, _any_exif(file))
+    header.xmp, header.iptc = _raw_texts(file)
+    return header
+
+def _raw_texts(file) -> tuple: # XMP and IPTC
+    "XMP and IPTC of a RAW file, which is a TIFF or (CR3) has a box for XMP; b'' if they are not to be had."
+    file.seek(0)
+    head = file.read(1 << 20)
+    at = head.find(bytes.fromhex("be7acfcb97a942e89c71999491e3afac"))  # XMP specification, part 3, 1.2.7
+    if head[4:8] == b"ftyp": return head[at+16:at-8+struct.unpack_from(">I", head, at - 8)[0]] if at >= 8 else b"", b""
+    try:
+        file.seek(0)
+        with tifffile.TiffFile(file) as tif: return _tiff_texts(tif)
+    except Exception: return b"", b""
 
 # %% ../nbs/01_photo.ipynb #51d6b929
 MAX_PIXELS = 250_000_000 # a photo of this size takes 3 GB as float32; larger ones are refused unless asked for
@@ -576,7 +753,7 @@ def _says_adobe(exif) -> bool:
         return found.get_ifd(0x8769).get(40961) == 65535 and str(found.get_ifd(0xA005).get(1, "")).startswith("R03")
     except Exception: return False
 
-# %% ../nbs/01_photo.ipynb #e1ee753d
+# %% ../nbs/01_photo.ipynb #fea99789
 def read_photo(
     path, # JPEG, PNG, TIFF, WebP or RAW; a suffix in `SUFFIXES`
     long_side: int | None = None, # reduce so that the longer side is this; None is full size
@@ -589,6 +766,7 @@ def read_photo(
         file.seek(0)
         codes, alpha = _decode(path, header, b"" if header.format == "RAW" else file.read(), long_side)
         exif, orientation = _clean_exif(header.exif, path)
+        header.xmp = _clean_xmp(header.xmp, path, header.format == "RAW")
         if header.format == "RAW": orientation = 1  # LibRaw has turned it
         if header.format == "TIFF": orientation = header.orientation
         return _finish(path, header, _upright(codes, orientation), None if alpha is None else _upright(alpha, orientation), exif, long_side)
@@ -603,7 +781,7 @@ def _finish(path, header, codes, alpha, exif, long_side) -> Photo:
     if space.model == "cmyk": pixels, wide = fit(pixels, long_side or max(pixels.shape)), None
     if alpha is not None: alpha = fit(_as_float(alpha), long_side or max(alpha.shape))
     icc = b"" if space.model == "cmyk" else space.icc
-    return Photo(pixels, exif, icc, depth, alpha, channels == 1, header.format, wide)
+    return Photo(pixels, exif, icc, depth, alpha, channels == 1, header.format, wide, header.xmp, header.iptc, header.texts, header.density)
 
 def _plain_rgb(ink) -> np.ndarray:
     "RGB of CMYK without a profile: (1 - colour)(1 - black)."
@@ -633,7 +811,7 @@ def _stored(photo, grey: bool, depth: int) -> tuple: # H x W [x 3] integers, and
     _strips(work, len(p))
     return codes, space.icc
 
-# %% ../nbs/01_photo.ipynb #59f6f838
+# %% ../nbs/01_photo.ipynb #f693f4ea
 def _jpeg_exif(exif: bytes, path) -> bytes:
     "An EXIF block that fits into a JPEG segment."
     if len(exif) <= 65527: return exif
@@ -642,43 +820,72 @@ def _jpeg_exif(exif: bytes, path) -> bytes:
     warnings.warn(f"{path}: its EXIF data is too large for a JPEG; {'the maker notes were' if kept else 'it was'} dropped.")
     return kept
 
-def _with_segments(data, exif, icc) -> bytes:
-    "A JPEG with EXIF and ICC segments after its JFIF header."
-    segment = lambda marker, payload: struct.pack(">BBH", 255, marker, len(payload) + 2) + payload
-    parts = [segment(0xe1, b"Exif\0\0" + exif)] if exif else []
-    pieces = [icc[i:i+65519] for i in range(0, len(icc), 65519)]
-    parts += [segment(0xe2, b"ICC_PROFILE\0" + bytes([i, len(pieces)]) + p) for i, p in enumerate(pieces, 1)]
-    at = 2 if data[2:4] != b"\xff\xe0" else 4 + struct.unpack_from(">H", data, 4)[0]
-    return b"".join([data[:at], *parts, data[at:]])
+def _carried(path, name, photo, icc, height, width) -> Photo:
+    "The photo with what a file of this format and size is to carry; what it has no place for is left out with a warning."
+    exif, iptc, texts = _sized_exif(photo.exif, height, width), photo.iptc, photo.texts
+    if name == "JPEG":
+        exif, texts = _jpeg_exif(exif, path), tuple(t for t in texts if t[0] == b"tEXt" and t[1].startswith(b"Comment\0") and len(t[1]) <= 65541)
+    if name in ("TIFF", "WEBP"): texts = ()
+    if name in ("PNG", "WEBP") or name == "JPEG" and len(iptc) > 65506: iptc = b""
+    lost = [what for what, kept, had in (("IPTC data", iptc, photo.iptc), ("text chunks", texts, photo.texts)) if len(kept) < len(had)]
+    if lost: warnings.warn(f"{path}: {name} has no place for the photo's {' and '.join(lost)}, left out.")
+    return replace(photo, exif=exif, icc=icc, iptc=iptc, texts=texts)
 
-def _with_chunks(data, exif, icc) -> bytes:
-    "A PNG with ICC and EXIF chunks after its header."
+# %% ../nbs/01_photo.ipynb #38cf05a7
+def _with_segments(data, photo) -> bytes:
+    "A JPEG with the metadata of the photo after its JFIF header."
+    segment = lambda marker, payload: struct.pack(">BBH", 255, marker, len(payload) + 2) + payload
+    icc = [photo.icc[i:i+65519] for i in range(0, len(photo.icc), 65519)]
+    parts = [segment(0xe1, b"Exif\0\0" + photo.exif)] if photo.exif else []
+    parts += [segment(0xe1, x) for x in _xmp_segments(photo.xmp)]
+    parts += [segment(0xed, b"Photoshop 3.0\0" + _iptc_block(photo.iptc))] if photo.iptc else []
+    parts += [segment(0xe2, b"ICC_PROFILE\0" + bytes([i, len(icc)]) + p) for i, p in enumerate(icc, 1)]
+    parts += [segment(0xfe, text.partition(b"\0")[2]) for _, text in photo.texts]
+    at = 2 if data[2:4] != b"\xff\xe0" else 4 + struct.unpack_from(">H", data, 4)[0]
+    return b"".join([_with_density(data[:at], photo.density), *parts, data[at:]])
+
+def _with_density(head, density) -> bytes:
+    "The beginning of a JPEG with the density in its JFIF header; dots per metre, which JFIF does not know, become dots per inch."
+    if not density or head[6:11] != b"JFIF\0": return head
+    across, down, over = density if density[2] != 1 else (*(round(d*0.0254) for d in density[:2]), 0.0254)
+    return head[:13] + struct.pack(">BHH", (0, 0.0254, 0.01).index(over), min(across, 65535), min(down, 65535)) + head[18:]
+
+def _with_chunks(data, photo) -> bytes:
+    "A PNG with the metadata of the photo after its header."
     chunk = lambda name, payload: struct.pack(">I", len(payload)) + name + payload + struct.pack(">I", zlib.crc32(name + payload))
-    parts = [chunk(b"iCCP", b"profile\0\0" + zlib.compress(icc))] if icc else []
-    parts += [chunk(b"eXIf", exif)] if exif else []
+    parts = [chunk(b"iCCP", b"profile\0\0" + zlib.compress(photo.icc))] if photo.icc else []
+    if photo.density:
+        across, down, over = photo.density
+        parts.append(chunk(b"pHYs", struct.pack(">IIB", *(min(round(d/(over or 1)), 2**31 - 1) for d in (across, down)), bool(over))))
+    parts += [chunk(b"eXIf", photo.exif)] if photo.exif else []
+    parts += [chunk(b"iTXt", _PNG_XMP + bytes(4) + photo.xmp)] if photo.xmp else []
+    parts += [chunk(*text) for text in photo.texts]
     return b"".join([data[:33], *parts, data[33:]])
 
-# %% ../nbs/01_photo.ipynb #108554b4
+# %% ../nbs/01_photo.ipynb #fcbd12ff
 def _encode_jpeg(codes, quality, subsampling) -> bytes:
     return imagecodecs.jpeg8_encode(codes, quality, subsampling=subsampling.replace(":", ""))
 
 def _encode_png(codes) -> bytes:
     return imagecodecs.png_encode(codes, level=1, strategy=imagecodecs.PNG.STRATEGY.RLE, filter=imagecodecs.PNG.FILTER.SUB)
 
-def _encode_webp(codes, quality, exif, icc) -> bytes:
+def _encode_webp(codes, quality, photo) -> bytes:
     "WebP by Pillow, which carries the metadata; quality 100 is lossless."
     if max(codes.shape) > 16383: raise ValueError("WebP holds at most 16383 pixels a side")
     out = BytesIO()
-    Image.fromarray(codes).save(out, "WEBP", quality=quality, lossless=quality == 100, exact=True, method=2, exif=exif, icc_profile=icc)
+    Image.fromarray(codes).save(out, "WEBP", quality=quality, lossless=quality == 100, exact=True, method=2,
+                                exif=photo.exif, icc_profile=photo.icc, xmp=photo.xmp)
     return out.getvalue()
 
-# %% ../nbs/01_photo.ipynb #c06a2a1c
-def _write_tiff(path, codes, exif, icc):
-    "Write a TIFF with its EXIF and profile; a last channel beyond 1 or 3 is alpha."
-    plain, links, options = _tiff_tags(exif, path)
+# %% ../nbs/01_photo.ipynb #7c7a90fd
+def _write_tiff(path, codes, photo):
+    "Write a TIFF with the metadata of the photo; a last channel beyond 1 or 3 is alpha."
+    plain, links, options = _tiff_tags(photo.exif, path)
+    plain += [(tag, kind, len(x), x, True) for tag, kind, x in ((700, 1, photo.xmp), (33723, 7, photo.iptc)) if x]
+    if photo.density and not options: options = _dots(photo.density)
     channels = 1 if codes.ndim == 2 else codes.shape[2]
     if channels in (2, 4): options["extrasamples"] = ["unassalpha"]
-    tifffile.imwrite(path, codes, photometric="rgb" if channels > 2 else "minisblack", iccprofile=icc or None, metadata=None, software=False,
+    tifffile.imwrite(path, codes, photometric="rgb" if channels > 2 else "minisblack", iccprofile=photo.icc or None, metadata=None, software=False,
                      compression="adobe_deflate", compressionargs={"level": 1}, predictor=True, rowsperstrip=64, byteorder="<",
                      extratags=[*plain, *((tag - 1, "I", 1, 0, True) for tag in links)], **options)
     with tifffile.TiffFile(path, mode="r+") as tif:
@@ -695,7 +902,7 @@ def _directory(values, at: int) -> bytes:
     for tag, value in values.items(): ifd[tag] = value
     return ifd.tobytes(at)
 
-# %% ../nbs/01_photo.ipynb #ba925f8c
+# %% ../nbs/01_photo.ipynb #fd40d0b7
 def _tiff_tags(exif, path) -> tuple: # entries for tifffile, the two sub-directories, and resolution as options
     "Take an EXIF block apart for a TIFF; one that cannot be is dropped with a warning."
     try:
@@ -709,6 +916,11 @@ def _tiff_tags(exif, path) -> tuple: # entries for tifffile, the two sub-directo
     except Exception as e:
         warnings.warn(f"{path}: its EXIF data cannot be put into a TIFF ({e}) and was dropped.")
         return [], {}, {}
+
+def _dots(density) -> dict:
+    "The density as options of tifffile: unit 1 is none, 3 is the centimetre."
+    across, down, over = density
+    return dict(resolution=tuple(d*0.01/over if over else d for d in (across, down)), resolutionunit=3 if over else 1)
 
 def _plain_tags(found):
     "The texts of the first directory as tifffile wants them."
@@ -752,7 +964,7 @@ def _output_format(path, bit_depth, photo) -> tuple: # format and bit depth of t
     if bit_depth == 16 and name in ("JPEG", "WEBP"): raise PhotoError(f"{path}: {name} holds 8 bits. For 16, write .png or .tif.")
     return name, 8 if name in ("JPEG", "WEBP") else bit_depth or photo.bit_depth
 
-# %% ../nbs/01_photo.ipynb #69074ae8
+# %% ../nbs/01_photo.ipynb #0d687f49
 SUBSAMPLINGS = ("4:4:4", "4:2:2", "4:2:0")
 
 def check_encoding(quality, subsampling):
@@ -767,7 +979,7 @@ def write_photo(
     subsampling: str = "4:4:4", # of a JPEG's colour: 4:4:4 full, 4:2:2 half as wide, 4:2:0 half each way
     bit_depth: int | None = None, # 8 or 16; None keeps the photo's where the format can
 ) -> Path:
-    "Write a photograph atomically, converted back to its profile, with its EXIF data and alpha."
+    "Write a photograph atomically, converted back to its profile, with its metadata and alpha."
     path = Path(path)
     photo = _checked(path, photo)
     name, depth = _output_format(path, bit_depth, photo)
@@ -775,13 +987,13 @@ def write_photo(
     if photo.alpha is not None and name == "JPEG": photo = _on_white(photo)
     with _named(path, "written"):
         codes, icc = _stored(photo, photo.grey and name != "WEBP" and _is_neutral(photo.pixels), depth)
-        _save(path, name, _with_alpha(codes, photo.alpha, depth), _sized_exif(photo.exif, *codes.shape[:2]), icc, int(quality), subsampling)
+        _save(path, name, _with_alpha(codes, photo.alpha, depth), _carried(path, name, photo, icc, *codes.shape[:2]), int(quality), subsampling)
     return path
 
-def _save(path, name, codes, exif, icc, quality, subsampling):
+def _save(path, name, codes, photo, quality, subsampling):
     "Encode and write under a temporary name, then rename."
     with atomic_path(path) as tmp:
-        if name == "TIFF": _write_tiff(tmp, codes, exif, icc)
-        elif name == "WEBP": tmp.write_bytes(_encode_webp(codes, quality, exif, icc))
-        elif name == "PNG": tmp.write_bytes(_with_chunks(_encode_png(codes), exif, icc))
-        else: tmp.write_bytes(_with_segments(_encode_jpeg(codes, quality, subsampling), _jpeg_exif(exif, path), icc))
+        if name == "TIFF": _write_tiff(tmp, codes, photo)
+        elif name == "WEBP": tmp.write_bytes(_encode_webp(codes, quality, photo))
+        elif name == "PNG": tmp.write_bytes(_with_chunks(_encode_png(codes), photo))
+        else: tmp.write_bytes(_with_segments(_encode_jpeg(codes, quality, subsampling), photo))

@@ -1,6 +1,9 @@
 """Photographs from outside: varieties of files that other programs write, judged by Pillow and tifffile."""
 import struct
+import tracemalloc
 import warnings
+import zlib
+from contextlib import nullcontext
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -11,7 +14,7 @@ import numpy as np
 import pytest
 import tifffile
 from hypothesis import given, settings, strategies as st
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, IptcImagePlugin, PngImagePlugin, TiffImagePlugin
 from skimage.color import rgb2lab
 
 import autohdr.photo as ph
@@ -120,6 +123,155 @@ def test_tiff_keeps_resolution_and_any_script(tmp_path, picture):
         assert tif.pages[0].tags[282].value == (300, 1) and tif.pages[0].tags[315].value == "José Ångström"
     with Image.open(write_photo(tmp_path / "b.jpg", read_photo(out))) as image:
         assert image.getexif()[315].encode("latin-1").decode() == "José Ångström" and image.getexif()[282] == 300
+
+
+# ---- XMP, IPTC, comments and resolution
+
+IPTC = b"\x1c\2\x05\0\7Kitchen\x1c\2\x19\0\4bath"
+
+
+def editor_xmp(attributes='t:Orientation="6" exif:PixelXDimension="80"', inside="", filler=0):
+    "An XMP packet with stale facts, under an unusual prefix, as attributes and as elements."
+    return f"""<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
+<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
+<rdf:Description rdf:about="" xmlns:t="http://ns.adobe.com/tiff/1.0/" xmlns:exif="http://ns.adobe.com/exif/1.0/" xmlns:xmp="http://ns.adobe.com/xap/1.0/"
+ xmlns:xmpGImg="http://ns.adobe.com/xap/1.0/g/img/" xmlns:dc="http://purl.org/dc/elements/1.1/" xmp:Rating="4" {attributes}>{inside}
+<dc:title><rdf:Alt><rdf:li xml:lang="x-default">Küche &amp; Bad{"." * filler}</rdf:li></rdf:Alt></dc:title></rdf:Description></rdf:RDF></x:xmpmeta>
+<?xpacket end="w"?>""".encode()
+
+
+ELEMENTS = ("<t:Orientation>6</t:Orientation><t:ImageWidth>80</t:ImageWidth><xmp:Thumbnails><rdf:Alt><rdf:li rdf:parseType='Resource'>"
+            "<xmpGImg:image>OLDPICTURE</xmpGImg:image></rdf:li></rdf:Alt></xmp:Thumbnails>")
+
+
+def save_with_xmp(path, picture, xmp, **more):
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags[700] = xmp
+    tags.tagtype[700] = 1
+    text = PngImagePlugin.PngInfo()
+    text.add_itxt("XML:com.adobe.xmp", xmp.decode(), zip=True)
+    options = {"jpg": dict(xmp=xmp), "webp": dict(xmp=xmp), "png": dict(pnginfo=text), "tif": dict(tiffinfo=tags)}
+    Image.fromarray(picture).save(path, **options[path.suffix[1:]], **more)
+
+
+def xmp_in(path):
+    "XMP as Pillow sees it."
+    with Image.open(path) as image:
+        found = image.info.get("xmp") or image.info.get("XML:com.adobe.xmp") or getattr(image, "tag_v2", {}).get(700)
+    return found.encode() if isinstance(found, str) else found
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("target", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("stale, expected", [(editor_xmp(), editor_xmp(' t:Orientation="1"'.strip())),
+                                             (editor_xmp("", ELEMENTS), editor_xmp("", "<t:Orientation>1</t:Orientation>"))], ids=["attributes", "elements"])
+def test_xmp_survives_every_change_of_format_and_tells_no_lies(tmp_path, picture, suffix, target, stale, expected):
+    save_with_xmp(tmp_path / f"in.{suffix}", picture, stale)
+    assert xmp_in(tmp_path / f"in.{suffix}").rstrip(b"\0") == stale
+    photo = read_photo(tmp_path / f"in.{suffix}")
+    assert photo.xmp == expected
+    out = write_photo(tmp_path / f"out.{target}", replace(photo, pixels=photo.pixels * 0.9))
+    assert xmp_in(out) == expected and read_photo(out).xmp == expected and b"OLDPICTURE" not in out.read_bytes()
+    with Image.open(out) as image: image.load()
+
+
+def test_xmp_of_a_raw_file_loses_the_settings_of_its_development(tmp_path, picture):
+    crs = 'xmlns:crs="http://ns.adobe.com/camera-raw-settings/1.0/"'
+    stale = editor_xmp(f'{crs} crs:Temperature="5200"', "<crs:Masks><rdf:Seq><rdf:li>1</rdf:li></rdf:Seq></crs:Masks>")
+    tifffile.imwrite(tmp_path / "a.tif", picture, photometric="rgb", extratags=[(700, 1, len(stale), stale, True), (33723, 7, len(IPTC), IPTC, True)])
+    with open(tmp_path / "a.tif", "rb") as file: assert ph._raw_texts(file) == (stale, IPTC)
+    assert ph._clean_xmp(stale, "a.dng", is_raw=True) == editor_xmp(crs) and ph._clean_xmp(stale, "a.tif") == stale
+    film = b"\0\0\0\x18ftypcrx " + bytes(12) + struct.pack(">I", 24 + len(stale)) + b"uuid" + bytes.fromhex("be7acfcb97a942e89c71999491e3afac") + stale
+    assert ph._raw_texts(BytesIO(film + b"more")) == (stale, b"")
+
+
+def test_long_xmp_goes_through_a_jpeg_as_extended_xmp(tmp_path, picture):
+    long = editor_xmp("", filler=200_000)
+    save_with_xmp(tmp_path / "in.png", picture, long)
+    bare = long[long.index(b"<x:"):long.index(b"<?xpacket end")].strip()
+    photo = read_photo(write_photo(tmp_path / "out.jpg", read_photo(tmp_path / "in.png")))
+    assert photo.xmp == bare and read_photo(write_photo(tmp_path / "again.jpg", photo)).xmp == bare
+    with Image.open(tmp_path / "out.jpg") as image: assert b"HasExtendedXMP" in image.info["xmp"] and np.asarray(image).shape == picture.shape
+    data = (tmp_path / "out.jpg").read_bytes()
+    (tmp_path / "hole.jpg").write_bytes(data.replace(b"." * 60_000, b"." * 59_999 + b"x", 1))  # no longer what its sum says
+    assert b"HasExtendedXMP" not in read_photo(tmp_path / "hole.jpg").xmp
+
+
+@pytest.mark.parametrize("xmp", [b'<!DOCTYPE x [<!ENTITY a "aaaaaaaa"><!ENTITY b "&a;&a;&a;&a;">]><x>&b;</x>', editor_xmp()[:-80], b"<a>" * 200_000,
+                                 editor_xmp("", filler=5_000_000), b"<x t:y='1'/>", b"\xff\xfe<\0x\0/\0>\0"], ids=["entities", "cut", "deep", "large", "unbound", "utf-16"])
+def test_hostile_xmp_is_dropped_with_a_warning(tmp_path, picture, xmp):
+    chunk = b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(xmp)
+    data = ph._with_chunks(imagecodecs.png_encode(picture), Photo(None, texts=((b"iTXt", chunk),)))
+    (tmp_path / "bad.png").write_bytes(data)
+    with pytest.warns(UserWarning, match="bad.png.*XMP") as caught: photo = read_photo(tmp_path / "bad.png")
+    assert len(caught) == 1 and photo.xmp == b"" and np.abs(photo.pixels * 255 - picture).max() < 1e-3
+
+
+def test_packed_texts_cannot_fill_the_memory(tmp_path, picture):
+    bomb = zlib.compress(bytes(60_000_000), 9)
+    texts = ((b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + bomb), (b"zTXt", b"Comment\0\0" + bomb))
+    (tmp_path / "bomb.png").write_bytes(ph._with_chunks(imagecodecs.png_encode(picture), Photo(None, texts=texts)))
+    tracemalloc.start()
+    with pytest.warns(UserWarning, match="bomb.png.*XMP"): photo = read_photo(tmp_path / "bomb.png")
+    out = write_photo(tmp_path / "out.png", photo)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20e6 and read_photo(out).texts == texts[1:]
+
+
+def photoshop(iptc):
+    "Photoshop's block of resources with a thumbnail, and IPTC."
+    part = lambda number, data: b"8BIM" + struct.pack(">HHI", number, 0, len(data)) + data + bytes(len(data) % 2)
+    return part(0x040C, b"OLDPICTURE") + part(0x0409, b"OLDPICTURE.") + part(0x0404, iptc) + part(0x03ED, bytes(16))
+
+
+@pytest.mark.parametrize("kind", ["jpg", "tif bytes", "tif numbers", "tif big-endian", "tif resources"])
+@pytest.mark.parametrize("target", ["jpg", "tif"])
+def test_iptc_survives_between_jpeg_and_tiff(tmp_path, picture, kind, target):
+    source, iptc = tmp_path / f"in.{kind[:3]}", IPTC + bytes(-len(IPTC) % 4 if "numbers" in kind or "endian" in kind else 0)
+    if kind == "jpg":
+        data, payload = imagecodecs.jpeg8_encode(picture, 95), b"Photoshop 3.0\0" + photoshop(iptc)
+        source.write_bytes(data[:2] + b"\xff\xed" + struct.pack(">H", len(payload) + 2) + payload + data[2:])
+    else:
+        numbers = (33723, "I", len(iptc) // 4, np.frombuffer(iptc[:len(iptc) // 4 * 4], "<u4"), True)
+        tag = dict(bytes=(33723, 7, len(iptc), iptc, True), resources=(34377, 7, len(photoshop(iptc)), photoshop(iptc), True)).get(kind[4:], numbers)
+        tifffile.imwrite(source, picture, photometric="rgb", extratags=[tag], byteorder=">" if "endian" in kind else "<")
+    photo = read_photo(source)
+    assert photo.iptc == iptc
+    out = write_photo(tmp_path / f"out.{target}", photo)
+    assert read_photo(out).iptc == iptc and b"OLDPICTURE" not in out.read_bytes()
+    with Image.open(out) as image: assert IptcImagePlugin.getiptcinfo(image) == {(2, 5): b"Kitchen", (2, 25): b"bath"}
+
+
+def test_comments_texts_and_resolution_survive(tmp_path, picture):
+    image, text = Image.fromarray(picture), PngImagePlugin.PngInfo()
+    text.add_text("Author", "José", zip=True), text.add_itxt("Title", "台所", "zh", "题目"), text.add_text("Comment", "by hand")
+    image.save(tmp_path / "in.png", pnginfo=text, dpi=(300, 200))
+    image.save(tmp_path / "in.jpg", comment=b"by hand", dpi=(300, 200))
+    image.save(tmp_path / "in.tif", dpi=(300, 200))
+    for suffix in ("png", "jpg", "tif"):
+        photo = read_photo(tmp_path / f"in.{suffix}")
+        for target in {"png", "jpg", "tif"} - ({"tif"} if suffix == "png" else set()) if suffix != "tif" else {"tif"}:
+            lossy = (suffix, target) in (("png", "jpg"), ("jpg", "tif"))
+            with pytest.warns(UserWarning, match=f"out.{target}.*text chunks") if lossy else nullcontext():
+                out = write_photo(tmp_path / f"out.{target}", photo)
+            with Image.open(out) as image:
+                assert np.allclose(image.info["dpi"], (300, 200), atol=0.01), (suffix, target)
+                comment = image.info.get("comment") or image.info.get("Comment")
+                if target != "tif": assert comment in ("by hand", b"by hand")
+                if suffix == target == "png": assert (image.text["Author"], image.text["Title"], image.text["Title"].tkey) == ("José", "台所", "题目")
+            again = read_photo(out)
+            if suffix == target: assert (again.texts, again.density, again.exif) == (photo.texts, photo.density, photo.exif)
+    with pytest.warns(UserWarning, match="out.webp.*text chunks"): write_photo(tmp_path / "out.webp", read_photo(tmp_path / "in.jpg"))
+    with pytest.warns(UserWarning, match="out.webp.*IPTC"): write_photo(tmp_path / "out.webp", Photo(picture / np.float32(255), iptc=IPTC))
+
+
+@pytest.mark.parametrize("suffix, density", [("jpg", (2, 1, 0)), ("jpg", (118, 118, 0.01)), ("png", (2, 1, 0)), ("png", (11811, 11811, 1))])
+def test_density_keeps_its_unit(tmp_path, picture, suffix, density):
+    assert read_photo(write_photo(tmp_path / f"a.{suffix}", Photo(picture / np.float32(255), density=density))).density == density
+    with tifffile.TiffFile(write_photo(tmp_path / "a.tif", Photo(picture / np.float32(255), density=density))) as tif:
+        tags = tif.pages[0].tags
+        assert tags[296].value == (3 if density[2] else 1) and tags[282].value[0] / tags[282].value[1] == pytest.approx(density[0] * (0.01 / density[2] if density[2] else 1))
 
 
 # ---- colour
