@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from autohdr.core import AutohdrError, write_csv, write_json, write_text
+from autohdr.inference.evaluate import prediction_file
 from autohdr.photo import write_photo
 from autohdr.runs.compare import account, blocks, cost_table, differences, headline_table, publish, read_study, table, what_differs
 from autohdr.runs.execute import run
@@ -91,7 +92,7 @@ def big(tmp_path_factory):
                 changed = dict(model=model, lr=lr, loss="l1" if j else "study_balanced")
                 runs.append(make_run(folder, name, 0.05 + 0.008 * i + 0.004 * j, fold, parameters=changed, axes=dict(lr=lr, fold=fold), label=f"{model.capitalize()} 384 with a rather long name, lr {lr:g}"))
                 for photo in PHOTOS[fold::2]:
-                    write_photo(folder / name / "predictions" / f"{photo.replace('/', '__')}.png", rng.random((42, 64, 3), dtype=np.float32))
+                    write_photo(prediction_file(folder / name / "predictions", photo), rng.random((42, 64, 3), dtype=np.float32))
     runs += [make_run(folder, f"large-fold_{k}", 0.045, k, size=128) for k in (0, 1)]
     runs.append(make_run(folder, "ways", 0.05, -1, arms={"none": 0.05, "gamma before": 0.1, "post only": 0.05, "both": 0.1}, baselines=False, axes={}))
     for state, reason in (("failed", "Cell 5 of 9 raised TrainingDiverged: the loss is not finite"), ("died", "The kernel died (SIGKILL: the machine ran out of memory)"), ("terminated", "Stopped by SIGTERM"), ("paused", "Stopped on request"), ("running", "")):

@@ -109,7 +109,7 @@ def _add_masks(rows, masks):
     used = {row["window"] for row in rows}
     return [problem(key, f, "unmatched: a window mask without a pair") for key, files in masks.items() for f in files if str(f) not in used]
 
-# %% ../../nbs/data/00_matching.ipynb #4fa85da8
+# %% ../../nbs/data/00_matching.ipynb #0d8edada
 def match_folder(
     folder, # searched with its sub-folders
 ): # (rows with name, before, after and, where there are masks, window; problems)
@@ -125,7 +125,7 @@ def match_folder(
             f"No before/after pairs among the {len(files)} photos of '{folder}'. Looked for two sub-folders with the same file names, or "
             f"file names ending in '_before' and '_after' (words known: {', '.join('/'.join(w) for w in SIDES)}). Found: "
             + ", ".join(f"{n} in '{p}'" for p, n in places.most_common(5)) + f", such as '{files[0].name}'. "
-            "If the two sub-folders are called something else, give them both: (befores, afters).")
+            "If the two sub-folders are called something else, rename them to 'before' and 'after', or name each pair's files in a CSV with the columns before and after.")
     if masks: problems += _add_masks(rows, masks)
     return rows, problems + rest
 

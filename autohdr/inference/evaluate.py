@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['evaluate_folders', 'prediction_file', 'evaluate', 'compare_baselines', 'leaderboard']
 
-# %% ../../nbs/inference/03_evaluate.ipynb #3a75151b
+# %% ../../nbs/inference/03_evaluate.ipynb #6a4715ab
+import hashlib, re
 from pathlib import Path
 
 import numpy as np, pandas as pd
@@ -42,14 +43,18 @@ def evaluate_folders(
 
 def _side(file, pred): return "pred" if Path(file).is_relative_to(pred) else "target"
 
-# %% ../../nbs/inference/03_evaluate.ipynb #a6002b8e
+# %% ../../nbs/inference/03_evaluate.ipynb #0aacead6
 def prediction_file(
     folder, # of the predictions
     name: str, # of the pair
 ) -> Path: # 8-bit PNG
-    "Where the prediction of a photo is kept; the slashes of a name become two underscores."
-    return Path(folder)/f"{name.replace('/', '__')}.png"
+    "Where the prediction of a photo is kept."
+    file = name.replace("/", "__")
+    if len(file) <= 100 and re.fullmatch(r"[a-z0-9_+-][a-z0-9 ._+-]*", file) and file.replace("__", "/") == name: return Path(folder)/f"{file}.png"
+    readable = re.sub(r"[^\w .+-]", "_", file)[:50] # 200 bytes at most
+    return Path(folder)/f"{readable}~{hashlib.blake2b(name.encode('utf-8', 'surrogatepass'), digest_size=4).hexdigest()}.png"
 
+# %% ../../nbs/inference/03_evaluate.ipynb #9320ace1
 def evaluate(
     predict, # function from pixels to pixels, H x W x 3 in [0,1]
     pairs: pd.DataFrame, # the pairs to score on

@@ -90,7 +90,7 @@ def read_run(
     if not out["why"] and out["scores"].empty: out["why"] = "it is complete, and has no scores per photo (photos.csv)"
     return out
 
-# %% ../../nbs/runs/09_compare.ipynb #2fecce81
+# %% ../../nbs/runs/09_compare.ipynb #86b6c61e
 def toy_study(
     folder, # where to make it
     sizes=(48, 64), # long side of the working photos: one configuration each
@@ -110,8 +110,7 @@ def _toy_run(run_dir: Path, size: int, fold: int, folds: int):
     from autohdr.inference.evaluate import compare_baselines, evaluate
     from autohdr.inference.predict import predict
     from autohdr.models.zoo import load_model
-    from autohdr.photo import write_photo
-    from autohdr.data.pairs import read_pair, save_pairs
+    from autohdr.data.pairs import save_pairs
     from autohdr.training.loop import load_pairs, select, train
     from autohdr.training.recipe import Recipe
     environment, started = environment_info(), now()
@@ -120,9 +119,8 @@ def _toy_run(run_dir: Path, size: int, fold: int, folds: int):
     parts = select(pairs, recipe)
     train(recipe, pairs, run_dir)
     edit = partial(predict, load_model(run_dir/"model.safetensors"))
-    write_csv(run_dir/"photos.csv", evaluate(edit, parts["test"], size=size))
+    write_csv(run_dir/"photos.csv", evaluate(edit, parts["test"], size=size, keep=run_dir/"predictions"))
     write_csv(run_dir/"baselines.csv", compare_baselines(parts["train"], parts["test"], size=size))
-    for row in parts["test"].to_dict("records"): write_photo(run_dir/"predictions"/f"{row['name'].replace('/', '__')}.png", np.clip(edit(read_pair(row, size)[0]), 0, 1))
     save_pairs(pairs, run_dir/"pairs.csv")
     write_text(run_dir/"params.yaml", yaml.safe_dump(dict(notebook="train", parameters=vars(recipe))))
     write_status(run_dir, dict(state="complete", study="toy", run=run_dir.name, reason="", started=started, ended=now(), seconds=1., attempt=1, host=environment["host"],
@@ -662,15 +660,16 @@ def photo_tables(results: Results, summary: pd.DataFrame) -> list: # of HTML, on
         out.append(sortable(shown, f"L1 of {block_title(rows)}; worst first, one scale of colour for all columns.", like={c: "l1" for c in shown if c != "name"}))
     return out
 
-# %% ../../nbs/runs/09_compare.ipynb #2134f685
+# %% ../../nbs/runs/09_compare.ipynb #908f5f68
 def prediction(
     results: Results,
     configuration: str,
     name: str, # of a photo
 ): # path, or None
     "The file of a configuration's edit of a photo; of its first seed."
+    from autohdr.inference.evaluate import prediction_file
     rows = results.scores[(results.scores.configuration == configuration) & (results.scores.name == name)].sort_values("seed")
-    files = [results.folder/r.run/"predictions"/f"{name.replace('/', '__')}.png" for r in rows.itertuples() if not isinstance(r.arm, str) or not r.arm]
+    files = [prediction_file(results.folder/r.run/"predictions", name) for r in rows.itertuples() if not isinstance(r.arm, str) or not r.arm]
     return next((f for f in files if f.exists()), None)
 
 def original(
