@@ -30,7 +30,7 @@ def try_settings(
         if where.any(): out[name] = np.array([np.abs(v - after)[where].mean(dtype=np.float64) for v in turned])
     return out
 
-# %% ../../nbs/learn/09_settings.ipynb #54fd2114
+# %% ../../nbs/learn/09_settings.ipynb #a55a3150
 def settings_table(
     tried: list, # of dicts from `try_settings`
     folds, # the fold of each photo
@@ -52,7 +52,7 @@ def in_words(
 ) -> str:
     "What the table says."
     what, whose = ("a window pull", "photos with windows") if row["about"] == "windows" else ("another exposure or warmth", "photos")
-    if not np.isfinite(row["l1"]): return f"{what}: {row['photos']} {whose} are too few to tell, at least {FEWEST} are needed"
+    if not np.isfinite(row["l1"]): return f"{what}: not told, since only {FEWEST} {whose} or more, in two folds at least, can tell; here are {row['photos']}"
     told = f"L1{' in the windows' if row['about'] == 'windows' else ''} {row['l1']:.4f}, and {row['l1_set']:.4f} with what is best for the other folds; {row['photos']} {whose}, standard error of the gain {row['se']:.4f}"
     if row["pays"]: return f"{' '.join(f'--{k.replace(chr(95), chr(45))} {v:g}' for k, v in row['settings'].items())} would bring these edits closer ({told})"
     return f"{what} would bring no more than chance ({told})"
