@@ -297,7 +297,7 @@ class _Header:
     texts: tuple = ()    # as in `Photo`
     density: tuple = ()
 
-# %% ../nbs/01_photo.ipynb #bdcc0636
+# %% ../nbs/01_photo.ipynb #28671972
 _MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])", re.S)  # inside a scan, ff00 is data and ffd0-ffd7 are restarts
 
 def _jpeg_segments(data):
@@ -311,12 +311,13 @@ def _jpeg_segments(data):
         if marker == 0xffda: return
         at += 2 + size
 
-def _jpeg_is_whole(data, at) -> bool:
-    "Whether the end-of-image marker follows the scan that begins at `at`."
+def _jpeg_end(data) -> int:
+    "Where the end-of-image marker is that follows the scans; 0 if there is none."
+    at = [end for _, _, end in _jpeg_segments(data)][-1]
     while found := _MARKER.search(data, at):
-        if found[1] == b"\xd9": return True
+        if found[1] == b"\xd9": return found.start()
         at = found.end() + (struct.unpack_from(">H", data, found.end())[0] if found.end() + 2 <= len(data) else 2)
-    return False
+    return 0
 
 # %% ../nbs/01_photo.ipynb #b7b5de86
 def _jpeg_header(data) -> _Header:
@@ -345,7 +346,7 @@ def _jpeg_texts(header, data):
         elif marker == 0xfe: texts.append((b"tEXt", b"Comment\0" + payload))
     header.xmp, header.iptc, header.texts = _joined_xmp(xmp, pieces), _iptc_of(b"".join(blocks)), tuple(texts)
 
-# %% ../nbs/01_photo.ipynb #9e47ac6d
+# %% ../nbs/01_photo.ipynb #9a8ee471
 def _png_chunks(data):
     "Yield (name, payload) of every chunk, the picture's own excepted (PNG specification, 5.3)."
     at, name = 8, b""
@@ -367,7 +368,7 @@ def _png_header(data) -> _Header:
         elif name == b"eXIf": header.exif = payload
         elif name == b"iCCP": header.icc = zlib.decompressobj().decompress(payload[payload.index(b"\0")+2:], 1 << 24)
         elif name == b"iTXt" and payload.startswith(_PNG_XMP): header.xmp = _png_xmp(payload)
-        elif name in (b"tEXt", b"zTXt", b"iTXt") and not payload.startswith(b"Raw profile type "): texts.append((name, payload))  # profile: EXIF again
+        elif name in (b"tEXt", b"zTXt", b"iTXt") and not payload.startswith(b"Raw profile type "): texts.append((name, payload))
         elif name == b"pHYs": header.density = struct.unpack(">IIB", payload)
     header.texts = tuple(texts)
     return header
@@ -663,7 +664,7 @@ def fit(
     scale = long_side/max(h, w)
     return resize(pixels, max(1, round(h*scale)), max(1, round(w*scale)))
 
-# %% ../nbs/01_photo.ipynb #2532b7a7
+# %% ../nbs/01_photo.ipynb #42fdef37
 def _reduction(
     height: int, width: int, # of the file
     long_side, # wanted, or None for full size
@@ -671,10 +672,34 @@ def _reduction(
     "By how much the JPEG decoder may reduce."
     return max([f for f in (2, 4, 8) if long_side and max(height, width) >= f*long_side], default=1)
 
+# %% ../nbs/01_photo.ipynb #de374c6c
+@lru_cache(1)
+def _simplejpeg():
+    "The simplejpeg module, None if it is not installed."
+    try: return importlib.import_module("simplejpeg")
+    except ImportError: return None
+
+def _decode_strictly(data, header, by) -> np.ndarray | None:
+    "Values of a grey or RGB JPEG, an error if libjpeg finds the data corrupt; None without simplejpeg."
+    if not _simplejpeg(): return None
+    height, width = -(-header.height//by), -(-header.width//by)
+    try: codes = _simplejpeg().decode_jpeg(data, "GRAY" if header.channels == 1 else "RGB", min_height=height, min_width=width, min_factor=by)
+    except ValueError as e:
+        if "Corrupt JPEG data" not in str(e) or _is_padding(data, str(e)): return imagecodecs.jpeg8_decode(data)  # a lesser oddity, or it raises too
+        raise ValueError(f"it is damaged ({e})") from None
+    return codes[..., 0] if header.channels == 1 else codes
+
+def _is_padding(data, message) -> bool:
+    "Whether the bytes that libjpeg found superfluous before the end marker are all the same."
+    found, end = re.search(r"(\d+) extraneous bytes before marker 0xd9", message), _jpeg_end(data)
+    return bool(found) and len(set(data[end-int(found[1]):end])) == 1
+
+# %% ../nbs/01_photo.ipynb #19893bd4
 def _decode_jpeg(data, header, long_side) -> np.ndarray:
     "Values of a JPEG as uint8, reduced by the decoder where that is enough; CMYK with 255 as full ink."
     if header.channels == 4: return _decode_cmyk(data)
     by = _reduction(header.height, header.width, long_side)
+    if (codes := _decode_strictly(data, header, by)) is not None: return codes
     if by == 1: return imagecodecs.jpeg8_decode(data)
     mode = getattr(cv2, f"IMREAD_REDUCED_{'GRAYSCALE' if header.channels == 1 else 'COLOR'}_{by}")
     codes = cv2.imdecode(np.frombuffer(data, np.uint8), mode | cv2.IMREAD_IGNORE_ORIENTATION)
@@ -706,7 +731,7 @@ def _unmultiplied(codes, alpha) -> np.ndarray:
     alpha = alpha if codes.ndim == 2 else alpha[..., None]
     return np.clip(np.rint(codes/np.maximum(alpha, 1)*float(full)), 0, full).astype(codes.dtype)
 
-# %% ../nbs/01_photo.ipynb #09206486
+# %% ../nbs/01_photo.ipynb #b37bafb9
 def _develop(path, long_side) -> np.ndarray:
     "A RAW file as 16-bit sRGB, upright; at half size, which needs no interpolation, where that is enough."
     rawpy = _rawpy(path)
@@ -720,7 +745,7 @@ def _decode(path, header, data, long_side) -> tuple:
     if header.format == "RAW": return _develop(path, long_side), None
     if header.format == "TIFF": return _decode_tiff(data)
     if header.format == "JPEG":
-        if not _jpeg_is_whole(data, [end for _, _, end in _jpeg_segments(data)][-1]): raise ValueError("it is truncated")
+        if not _jpeg_end(data): raise ValueError("it is truncated")
         return _decode_jpeg(data, header, long_side), None
     codes = imagecodecs.png_decode(data) if header.format == "PNG" else imagecodecs.webp_decode(data)
     if codes.ndim == 2 or codes.shape[2] == 3: return codes, None

@@ -427,6 +427,39 @@ def test_jpeg_varieties(tmp_path, picture, options):
     with pytest.raises(PhotoError, match="hole.jpg"): read_photo(tmp_path / "hole.jpg")
 
 
+@pytest.mark.skipif(not ph._simplejpeg(), reason="needs simplejpeg, without which only truncation is noticed")
+@pytest.mark.parametrize("long_side", [None, 200])
+@pytest.mark.parametrize("options", [dict(), dict(progressive=True), dict(subsampling=0), dict(restart_marker_rows=4)], ids=str)
+def test_jpeg_damaged_in_the_middle_is_refused(tmp_path, options, long_side):
+    rng = np.random.default_rng(0)
+    large = cv2.resize(rng.integers(30, 226, (30, 40, 3), dtype=np.uint8), (800, 600), interpolation=cv2.INTER_LINEAR)
+    Image.fromarray(large + rng.integers(0, 20, large.shape, dtype=np.uint8)).save(tmp_path / "a.jpg", quality=90, **options)
+    data, noticed = (tmp_path / "a.jpg").read_bytes(), 0
+    assert read_photo(tmp_path / "a.jpg", long_side).pixels.shape == ((600, 800, 3) if long_side is None else (150, 200, 3))
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        at = int(len(data) * rng.uniform(0.2, 0.8))
+        (tmp_path / "bad.jpg").write_bytes(data[:at] + (rng.bytes(2000) if seed % 2 else bytes(2000)) + data[at + 2000:])
+        try: read_photo(tmp_path / "bad.jpg", long_side)
+        except PhotoError as e: noticed += str(e).startswith(f"{tmp_path / 'bad.jpg'}: cannot be read")
+    assert noticed >= (9 if "progressive" in options else 12), "zeros can be valid in a scan of a progressive JPEG"
+
+
+def test_padding_before_the_end_of_a_jpeg_is_no_damage(tmp_path, picture):
+    data = imagecodecs.jpeg8_encode(picture, 95)
+    (tmp_path / "a.jpg").write_bytes(data[:-2] + bytes(300) + data[-2:] + b"trailer \xff\xd9")
+    assert np.array_equal(ph._quantised(read_photo(tmp_path / "a.jpg").pixels, 8), imagecodecs.jpeg8_decode(data))
+
+
+@pytest.mark.parametrize("mode, size", [("L", (801, 603)), ("RGB", (801, 603)), ("RGB", (1601, 37))])
+def test_both_jpeg_decoders_give_the_same(tmp_path, mode, size, monkeypatch):
+    noise = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    Image.fromarray(cv2.GaussianBlur(noise, (0, 0), 2)).convert(mode).save(tmp_path / "a.jpg", quality=90)
+    first = [read_photo(tmp_path / "a.jpg", long_side).pixels for long_side in (None, 400, 200, 100)]
+    monkeypatch.setattr(ph, "_simplejpeg", lambda: None)
+    for a, long_side in zip(first, (None, 400, 200, 100)): assert np.array_equal(a, read_photo(tmp_path / "a.jpg", long_side).pixels)
+
+
 def test_wrongly_named_file_is_told_by_its_content(tmp_path, picture):
     (tmp_path / "really_jpeg.png").write_bytes(imagecodecs.jpeg8_encode(picture, 98))
     assert read_photo(tmp_path / "really_jpeg.png").format == "JPEG"
@@ -475,6 +508,7 @@ def test_small_reads_use_the_decoders_reduction(tmp_path, monkeypatch):
     (tmp_path / "a.jpg").write_bytes(imagecodecs.jpeg8_encode(large, 95))
     full = resize(read_photo(tmp_path / "a.jpg").pixels, 341, 512)
     sizes, decode = [], cv2.imdecode
+    monkeypatch.setattr(ph, "_simplejpeg", lambda: None)
     monkeypatch.setattr(ph.cv2, "imdecode", lambda *a: (out := decode(*a), sizes.append(out.shape))[0])
     monkeypatch.setattr(ph.imagecodecs, "jpeg8_decode", lambda *a: pytest.fail("decoded at full size"))
     small = read_photo(tmp_path / "a.jpg", long_side=512)
