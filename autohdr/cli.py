@@ -176,7 +176,7 @@ def _tell_look(out, run_dir, photos):
     for row in worst.itertuples(): print(f"worst: {row.name}, L1 {row.l1:.4f}: {row.words}")
     print(f"Look:    {out}\nReport:  {run_dir/'report.html'}\nUse it:  autohdr enhance {photos or 'PHOTOS'} --model {out} --out edited")
 
-# %% ../nbs/07_cli.ipynb #73f605e2
+# %% ../nbs/07_cli.ipynb #4e463ef0
 @app.command()
 def learn(
     source: Annotated[str, typer.Argument(metavar="PAIRS", help="A folder of before/after photos, a CSV, or 'samples'.")],
@@ -202,7 +202,7 @@ def learn(
                  way=recipe or "auto", strength=strength, exposure=exposure, warmth=warmth, window_pull=window_pull)
     for text in parameter:
         if text.partition("=")[0].strip() in given: raise AutohdrError(f"-p {text}: say it as an option, see autohdr learn --help.")
-    run_dir = _execute_into("learn", [*(f"{k}={v}" for k, v in given.items()), *parameter], place, out.stem, overwrite)
+    run_dir = _execute_into("learn", [*(f"{k}={v}" for k, v in given.items()), *parameter], place, out.stem, overwrite, True)
     _tell_look(out, run_dir, photos)
 
 # %% ../nbs/07_cli.ipynb #cabf2a6e
@@ -360,19 +360,38 @@ def scenes(
     table = write_rooms(n, out, long_side, seed, spp)
     print(f"{len(table)} pairs of {table.property.nunique()} houses in {time.monotonic() - start:.0f} s; table: {out/'pairs.csv'}")
 
-# %% ../nbs/07_cli.ipynb #9c733383
-def _execute_into(recipe, given, folder, name, overwrite):
-    "Run a recipe into a folder; what was killed or failed there is done anew without being asked."
-    import re
+# %% ../nbs/07_cli.ipynb #b8ba1aae
+def _may_go_on(folder, spec, old, was) -> bool:
+    "Would the unfinished run in a folder end as a new one does, and sooner?"
+    from autohdr.runs.reproduce import moved
+    from autohdr.runs.spec import inputs, missing_inputs
+    if not any(folder.glob("fold_*")) or was != spec.parameters or missing_inputs(spec): return False
+    return old.get("inputs") == inputs(spec) and not moved(old)
+
+def _check_kind(folder, spec, old, was):
+    "Refuse to replace what another command has made."
+    kind = lambda study, notebook, parameters: (study, Path(notebook).name, bool(parameters.get("out"))) # without `out`, what was made lies in the folder itself
+    if kind(old["study"], old["notebook"], was) == kind(spec.study, spec.notebook, spec.parameters): return
+    raise AutohdrError(f"{folder} holds something else, the run {old['study']}/{old['run']} of {Path(old['notebook']).stem} ({old['state']}), which the report would replace: give another place.")
+
+def _execute_into(recipe, given, folder, name, overwrite, go_on=False):
+    "Run a recipe into a folder; what was killed or failed there is done anew, or gone on with."
+    import re, yaml
     from autohdr.runs.execute import run as execute
     from autohdr.runs.spec import make_spec
     from autohdr.runs.status import read_status
-    there = (folder/"status.json").exists()
-    unfinished = there and read_status(folder)["state"] != "complete"
-    if there and not unfinished and not overwrite: raise AutohdrError(f"{folder} holds an earlier report: give another place, or say --overwrite to replace it.")
     spec = make_spec(recipe, given, re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-") or None)
-    return execute(spec, folder=folder, overwrite=overwrite or unfinished)
+    if not (folder/"status.json").exists(): return execute(spec, folder=folder)
+    old, file = read_status(folder), folder/"params.yaml"
+    was = yaml.safe_load(file.read_text(encoding="utf-8"))["parameters"] if file.exists() else spec.parameters # there is none yet if it was killed in its first moment
+    _check_kind(folder, spec, old, was)
+    if old["state"] == "running": raise AutohdrError(f"{folder} is being written by process {old['pid']} on {old['host']}: wait for it, or give another place.")
+    if old["state"] == "complete" and not overwrite: raise AutohdrError(f"{folder} holds an earlier report: give another place, or say --overwrite to replace it.")
+    resume = go_on and old["state"] != "complete" and _may_go_on(folder, spec, old, was)
+    if resume: print(f"{folder}: going on where the run was that ended as {old['state']}", flush=True)
+    return execute(spec, folder=folder, overwrite=not resume, resume=resume)
 
+# %% ../nbs/07_cli.ipynb #8b553c4a
 def _problems(run_dir):
     "What a run lists as problems."
     import pandas as pd

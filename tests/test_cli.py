@@ -10,11 +10,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 
+import autohdr.cli as cli
+import autohdr.runs.reproduce as reproduce
 from autohdr.cli import main
+from autohdr.core import AutohdrError
 from autohdr.photo import read_photo, read_size, write_photo
+from autohdr.runs.spec import make_spec
 from autohdr.runs.status import read_status
-from tests.toys import COMMAND
+from tests.toys import COMMAND, toy
 
 ROOT = Path(__file__).parent.parent
 
@@ -100,6 +105,48 @@ def test_enhance(trained, tmp_path):
     assert np.abs(read_photo(tmp_path / "out/a.png").pixels - read_photo(tmp_path / "in/a.png").pixels).max() > 0.002, "it was edited"
     (tmp_path / "in/broken.jpg").unlink()
     assert autohdr("enhance", "in", "--model", trained / "model.safetensors", "--out", "out", "--overwrite", "--quality", "80", cwd=tmp_path)[0] == 0
+
+
+def test_enhance_with_listing_and_report(trained, tmp_path, monkeypatch, capsys):
+    """Together, and never in the place of something else."""
+    for name in "ab": write_photo(tmp_path / f"in/{name}.png", room(50, 211, 333)[0])
+    monkeypatch.chdir(tmp_path)
+    given = ["enhance", "in", "--model", str(trained / "model.safetensors"), "--out", "out", "--listing", "folder", "--report"]
+    for place, said in ((trained, "hdrnet_512/first"), (trained / "params.yaml", "can't be written to"), (tmp_path / "in/a.png/x", "among the photos")):
+        with pytest.raises(SystemExit) as end: main([*given, str(place)])
+        err = capsys.readouterr().err
+        assert end.value.code == 1 and said in err, err
+    assert (trained / "model.safetensors").exists() and read_status(trained)["state"] == "complete" and not list(tmp_path.glob("out/*"))
+    with pytest.raises(SystemExit) as end: main([*given, "report"])
+    table = pd.read_csv(tmp_path / "report/photos.csv")
+    assert end.value.code == 0 and "Report:" in capsys.readouterr().out and list(table.listing) == ["in"] * 2 and list(table.status) == ["edited"] * 2
+
+
+def test_what_was_left_unfinished_is_gone_on_with_where_that_is_sound(tmp_path, monkeypatch):
+    """A run that failed after its first fold."""
+    monkeypatch.setattr(reproduce, "moved", lambda status: {})  # somebody may be working on the code beside this test
+    fold = "from pathlib import Path\nkept = Path(run_dir, 'fold_0').exists()\nPath(run_dir, 'fold_0').mkdir(exist_ok=True)\nPath(run_dir, 'kept').write_text(str(kept))\n"
+    recipe = toy(tmp_path, "folds", fold + "assert Path(flag).exists(), 'killed'")
+    flag, place = tmp_path / "flag", tmp_path / "look"
+    (tmp_path / "weights").touch()
+    given = lambda steps: [f"flag={flag}", f"steps={steps}", f"init={tmp_path / 'weights'}"]
+    go = lambda steps, overwrite=False: cli._execute_into(str(recipe), given(steps), place, "look", overwrite, True)
+    kept = lambda: (place / "kept").read_text() == "True"
+    for steps, expected in ((1, False), (1, True), (2, False)):
+        with pytest.raises(AutohdrError, match="killed"): go(steps)
+        assert kept() == expected, "with the same parameters only"
+    sound = lambda spec: cli._may_go_on(place, spec, read_status(place), yaml.safe_load((place / "params.yaml").read_text())["parameters"])
+    assert sound(make_spec(str(recipe), given(2))) and not sound(make_spec(str(recipe), given(3)))
+    (tmp_path / "weights").write_text("others")
+    assert not sound(make_spec(str(recipe), given(2))), "other files are read"
+    (tmp_path / "weights").write_text("")
+    with monkeypatch.context() as m:
+        m.setattr(reproduce, "moved", lambda status: {"commit": ("a", "b")})
+        assert not sound(make_spec(str(recipe), given(2))), "other code may give other results"
+    flag.touch()
+    assert read_status(go(2))["attempt"] == 2 and kept()
+    with pytest.raises(AutohdrError, match="earlier report"): go(2)
+    assert read_status(go(2, overwrite=True))["attempt"] == 1 and not kept()
 
 
 def test_evaluate_lists_a_photo_without_partner(studio, tmp_path):

@@ -14,7 +14,7 @@ from autohdr.cli import main
 from autohdr.core import AutohdrError
 from autohdr.data.reference import to_lab
 from autohdr.data.samples import sample_pairs
-from autohdr.enhance import enhance, enhance_photo
+from autohdr.enhance import enhance, enhance_photo, postprocess_folder
 from autohdr.learn.card import card, with_controls
 from autohdr.models import zoo
 from autohdr.models.zoo import create_model, read_metadata, save_model
@@ -148,6 +148,7 @@ def test_enhance_turns_before_post_processing_and_the_guard_sees_all(tmp_path, m
 def test_a_warmth_that_was_asked_for_is_no_cast(tmp_path):
     "Neither flagged nor blended back; a cast of the look itself is, whatever was asked for."
     grey = np.repeat(np.random.default_rng(0).uniform(0.2, 0.6, (64, 96, 1)).astype(np.float32), 3, 2)
+    grey[:2] *= np.float32([1, 0.7, 0.6])  # no black-and-white photo
     write_photo(tmp_path / "in" / "a.png", Photo(cv2.GaussianBlur(grey, (0, 0), 2), bit_depth=16))
     plain, warm = (enhance(tmp_path / "in", tmp_path / f"{w}", Half(), warmth=w, guard="fix").iloc[0] for w in (0, 1))
     assert plain["flags"] == warm["flags"] == "" and warm["blend"] == 1
@@ -155,6 +156,34 @@ def test_a_warmth_that_was_asked_for_is_no_cast(tmp_path):
     assert 9 < shift[1] - shift[0] < 15, shift
     yellow = Half(tint=(1, 1, 0.7))
     for w in (0, 1): assert "colour cast" in enhance(tmp_path / "in", tmp_path / f"yellow{w}", yellow, warmth=w)["flags"][0]
+
+
+@pytest.mark.parametrize("exposure", [0, 1.5])
+def test_warmth_changes_nothing_that_the_guard_says_or_does(tmp_path, exposure):
+    "Near white, where warmth can't be taken back, and where the guard blends."
+    photo = read_photo(SAMPLES.before[3])
+    write_photo(tmp_path / "in" / "a.png", Photo(np.clip(photo.pixels * 1.4, 0, 1), bit_depth=16))
+    model, before = Half(), read_photo(tmp_path / "in" / "a.png").pixels
+    rows = {w: enhance(tmp_path / "in", tmp_path / f"{w}", model, warmth=w, exposure=exposure, window_pull=0.5, guard="fix").iloc[0] for w in (-1, 0, 1)}
+    assert len({(row["flags"], row["blend"]) for row in rows.values()}) == 1 and (rows[0]["blend"] < 1) == (exposure > 0)
+    plain, warm = (read_photo(rows[w]["out"]).pixels for w in (0, 1))
+    if exposure: assert np.abs(warm - apply_controls(plain, plain, Controls(warmth=1))).max() < 1e-3, "the blend, warmed"
+    else: assert np.abs(warm - apply_controls(before, 0.5 + before / 2, Controls(warmth=1, window_pull=0.5))).max() < 1e-3, "exactly what was asked for, the view as it was"
+
+
+def test_a_black_and_white_photo_is_toned_by_request_alone(tmp_path):
+    "Not by the tint of a look, not by the warmth that it stores, and not by post-processing."
+    grey = np.repeat(cv2.cvtColor(read_photo(SAMPLES.before[3]).pixels, cv2.COLOR_RGB2GRAY)[..., None], 3, 2)
+    write_photo(tmp_path / "in" / "one.jpg", Photo(grey, grey=True))
+    write_photo(tmp_path / "in" / "three.png", Photo(grey))
+    tints = Half(tint=(1, 0.95, 0.8), controls=dict(warmth=0.5))
+    look = lambda out, **given: [read_photo(p) for p in enhance(tmp_path / "in", tmp_path / out, tints, **given)["out"]]
+    for photo, channels in zip(look("plain", listing="folder"), (True, False)):
+        assert photo.grey == channels and np.ptp(photo.pixels, axis=2).max() == 0 and photo.pixels.mean() > grey.mean() + 0.1
+    for photo in look("toned", warmth=0.5): assert photo.pixels[..., 0].mean() > photo.pixels[..., 2].mean() + 0.02
+    for photo in look("blended", guard="fix", exposure=2): assert np.ptp(photo.pixels, axis=2).max() == 0
+    table = postprocess_folder(tmp_path / "in", tmp_path / "post", [dict(step="histogram", reference=SAMPLES.after[0])])
+    assert all(np.ptp(read_photo(p).pixels, axis=2).max() == 0 for p in table["out"])
 
 
 def test_wrong_controls_are_refused_before_any_work(tmp_path):

@@ -149,7 +149,7 @@ def test_an_interrupt_stops_what_has_not_begun(tmp_path, picture, model, monkeyp
     def interrupted(items, label):
         yield list(items)[0]
         raise KeyboardInterrupt
-    monkeypatch.setattr(en, "edit_photo", slow)
+    monkeypatch.setattr(en, "_edit_file", slow)
     monkeypatch.setattr(en, "progress", interrupted)
     with pytest.raises(KeyboardInterrupt): enhance(tmp_path / "in", tmp_path / "out", model)
     assert len(begun) <= 4
@@ -186,6 +186,23 @@ def test_real_photographs_at_full_size(tmp_path, model):
     assert table["status"][0] == "edited"
     before, after = read_photo(table["path"][0]), read_photo(table["out"][0])
     assert before.pixels.shape == after.pixels.shape and np.abs(after.pixels - (0.5 + before.pixels / 2)).max() < 0.15
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_before_any_work(tmp_path, picture, model, monkeypatch):
+    write_photo(tmp_path / "in" / "a.jpg", picture)
+    monkeypatch.setattr(en, "_edit_file", lambda *a, **k: pytest.fail("a photo was opened"))
+    for nowhere in (tmp_path / "in" / "a.jpg" / "out", Path("/proc/autohdr/out")):
+        with pytest.raises(AutohdrError) as e: enhance(tmp_path / "in" / "a.jpg", nowhere, model)
+        assert str(nowhere) in str(e.value) and "can't be written to (" in str(e.value)
+        with pytest.raises(AutohdrError, match="can't be written to"): en.postprocess_folder(tmp_path / "in" / "a.jpg", nowhere, "saturation")
+
+
+def test_the_guard_sees_a_cast_where_the_photo_was_nearly_black(tmp_path):
+    photo = read_photo(sample_pairs().after[3]).pixels
+    write_photo(tmp_path / "dark.png", photo * np.float32(0.06))
+    green = lambda pixels: np.clip(photo * np.float32([0.85, 1, 0.85]), 0, 1)
+    assert en.edit_photo(tmp_path / "dark.png", tmp_path / "good.png", lambda pixels: photo)["flags"] == []
+    assert any("colour cast" in flag for flag in en.edit_photo(tmp_path / "dark.png", tmp_path / "green.png", green)["flags"])
 
 
 def test_a_listing_says_what_was_done_and_what_was_not(tmp_path, picture, model, capsys):

@@ -10,7 +10,7 @@ import pytest
 
 from autohdr.core import AutohdrError
 from autohdr.runs.page import render
-from autohdr.runs.spec import make_spec
+from autohdr.runs.spec import is_path, make_spec, read_parameters, shipped
 from autohdr.runs.status import read_status
 from tests.toys import end_all, finish, printed, start, toy, wait_until
 
@@ -179,6 +179,13 @@ def test_paths_are_relative_to_the_command(tmp_path, monkeypatch):
     (tmp_path / "here/weights").touch()
     monkeypatch.chdir(tmp_path / "here")
     assert make_spec(str(recipe), ["init=weights"]).parameters["init"] == str(tmp_path / "here/weights")
+
+
+def test_only_what_a_comment_says_first_is_a_path(tmp_path):
+    """Of all notebooks that ship, and a folder that is only one word of several."""
+    paths = {f"{name}.{p.name}" for name, file in shipped("experiments").items() for p in read_parameters(file).values() if is_path(p) and p.name not in ("run_dir", "pairs", "init", "base", "pretrain_pairs", "vgg_weights")}
+    assert paths == {"compare.study", "ensemble.members", "enhance.photos", "enhance.model", "enhance.reference", "learn.photos", "merge.folder", "merge.edits"}
+    assert make_spec("enhance", ["listing=folder", "photos=."]).parameters["listing"] == "folder"
 
 
 def test_other_kernelspec_is_not_used(tmp_path):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GRACE', 'SAVING', 'PAUSED', 'Log', 'Stopped', 'kill_group', 'Job', 'MissingInputs', 'RunError', 'run']
 
-# %% ../../nbs/runs/04_execute.ipynb #c27cdffd
+# %% ../../nbs/runs/04_execute.ipynb #882f8ac6
 import contextlib, logging, os, shutil, signal, socket, sys, tempfile, threading, time
 from pathlib import Path
 import nbformat, papermill, yaml
@@ -15,7 +15,7 @@ from jupyter_client.manager import AsyncKernelManager
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine, NotebookExecutionManager, papermill_engines
-from ..core import STOP_FILE, AutohdrError, atomic_path, write_text
+from ..core import STOP_FILE, AutohdrError, atomic_path, make_folder, write_text
 from .cost import Meter, total_cost
 from .page import duration, plain, render
 from .spec import Spec, command, inputs, missing_inputs
@@ -253,11 +253,11 @@ def _outcome(job: Job, problem, ooms: int) -> dict:
         return dict(state="died", reason=f"The kernel died at {at} ({_cause(job.kernel.popen and job.kernel.popen.poll(), ooms)}).", exit_code=1)
     return dict(state="failed", reason=f"autohdr could not go on at {at}: {type(problem).__name__}: {problem}", exit_code=1)
 
-# %% ../../nbs/runs/04_execute.ipynb #a27ad6c8
+# %% ../../nbs/runs/04_execute.ipynb #ffd6d102
 def _make_room(run_dir: Path, parameters: dict, overwrite: bool, resume: bool) -> dict:
     "Make the run's folder, or refuse; returns the status of the run that it goes on with, if any."
-    if not run_dir.exists() or not any(run_dir.iterdir()):
-        run_dir.mkdir(parents=True, exist_ok=True)
+    if not run_dir.is_dir() or not any(run_dir.iterdir()):
+        make_folder(run_dir)
         return {}
     if not (run_dir/"status.json").exists(): raise AutohdrError(f"{run_dir} holds other files, and no run: give a folder that is new or empty.")
     old = read_status(run_dir)
