@@ -141,7 +141,7 @@ def test_versions_change_the_before_alone():
 
 def test_the_rule_for_larger_models_goes_by_number_and_device():
     assert looks.pick_way(10, True)[0] == "look"
-    assert looks.pick_way(400, True)[0] == looks.LARGE and "GPU" in looks.pick_way(400, True)[1]
+    assert looks.pick_way(400, True)[0] == looks.LARGE and all(w in looks.pick_way(400, True, 3)[1] for w in ("GPU", "48 h", "3 trainings", "--recipe look"))
     assert "no GPU" in looks.pick_way(400, False)[1]
     with pytest.raises(AutohdrError, match="1 pairs"):
         looks.fold_pairs(scan_pairs("samples")[0].head(1))
