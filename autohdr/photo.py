@@ -181,9 +181,9 @@ def _is_stale(name, is_raw) -> bool:
     "Whether this property (as expat names it) does not hold for the edited picture; an editor's settings for a RAW file do not hold for its development."
     return " ".join(name.split(" ")[:2]) in _STALE or is_raw and name.startswith("http://ns.adobe.com/camera-raw-")
 
-# %% ../nbs/01_photo.ipynb #d7afa156
+# %% ../nbs/01_photo.ipynb #8bed9d7f
 _TAG = re.compile(rb"""<(?:[^"'>]|"[^"]*"|'[^']*')*>""")
-_ATTRIBUTE = re.compile(rb"""\s+([^\s=]+)\s*=\s*(?:"[^"]*"|'[^']*')""")
+_ATTRIBUTE = re.compile(rb"""\s([^\s=]+)\s*=\s*(?:"[^"]*"|'[^']*')""")
 
 def _stale_parts(
     xmp: bytes, is_raw: bool,
@@ -235,7 +235,7 @@ def _clean_xmp(
         at = end
     return b"".join([*kept, xmp[at:]])
 
-# %% ../nbs/01_photo.ipynb #65a1c5ea
+# %% ../nbs/01_photo.ipynb #7e5d04fb
 _XMP, _MORE_XMP = b"http://ns.adobe.com/xap/1.0/\0", b"http://ns.adobe.com/xmp/extension/\0"
 
 def _xmp_note(guid: bytes) -> bytes:
@@ -249,7 +249,8 @@ def _xmp_segments(xmp) -> list: # payloads for APP1
     "An XMP packet in as many segments as it takes."
     if not xmp: return []
     if len(xmp) <= 65533 - len(_XMP): return [_XMP + xmp]
-    xmp = re.sub(rb"<\?xpacket[^>]*\?>\s*", b"", xmp).strip()  # the wrapper is not part of an extension
+    first, last = xmp.find(b"?>") + 2 if xmp.startswith(b"<?xpacket") else 0, xmp.rfind(b"<?xpacket")
+    xmp = xmp[first:last if last > first else None].strip()  # the wrapper is not part of an extension
     guid = _md5(xmp)
     pieces = [_MORE_XMP + guid + struct.pack(">II", len(xmp), i) + xmp[i:i+65400] for i in range(0, len(xmp), 65400)]
     return [_XMP + _xmp_note(guid), *pieces]
@@ -264,9 +265,8 @@ def _joined_xmp(
     more = b"".join(parts[i] for i in sorted(parts))
     if not parts or _md5(more) != found[1].upper(): return xmp
     if xmp == _xmp_note(found[1]): return more
-    inner = re.search(rb"<rdf:RDF\b[^>]*>(.*)</rdf:RDF\s*>", more, re.S)
-    at = xmp.rfind(b"</rdf:RDF")
-    return (xmp[:at] + inner[1] + xmp[at:]).replace(found[0], b"") if inner and at > 0 else xmp
+    first, last, at = more.find(b">", more.find(b"<rdf:RDF")) + 1, more.rfind(b"</rdf:RDF"), xmp.rfind(b"</rdf:RDF")
+    return (xmp[:at] + more[first:last] + xmp[at:]).replace(found[0], b"") if 0 < first < last and at > 0 else xmp
 
 # %% ../nbs/01_photo.ipynb #06cac1e1
 def _iptc_of(blocks: bytes) -> bytes:
@@ -836,7 +836,7 @@ def _stored(photo, grey: bool, depth: int) -> tuple: # H x W [x 3] integers, and
     _strips(work, len(p))
     return codes, space.icc
 
-# %% ../nbs/01_photo.ipynb #f693f4ea
+# %% ../nbs/01_photo.ipynb #55e61104
 def _jpeg_exif(exif: bytes, path) -> bytes:
     "An EXIF block that fits into a JPEG segment."
     if len(exif) <= 65527: return exif
@@ -847,7 +847,11 @@ def _jpeg_exif(exif: bytes, path) -> bytes:
 
 def _carried(path, name, photo, icc, height, width) -> Photo:
     "The photo with what a file of this format and size is to carry; what it has no place for is left out with a warning."
-    exif, iptc, texts = _sized_exif(photo.exif, height, width), photo.iptc, photo.texts
+    iptc, texts = photo.iptc, photo.texts
+    try: exif = _sized_exif(photo.exif, height, width)
+    except struct.error:
+        warnings.warn(f"{path}: its EXIF data is damaged and was dropped.")
+        exif = b""
     if name == "JPEG":
         exif, texts = _jpeg_exif(exif, path), tuple(t for t in texts if t[0] == b"tEXt" and t[1].startswith(b"Comment\0") and len(t[1]) <= 65541)
     if name in ("TIFF", "WEBP"): texts = ()

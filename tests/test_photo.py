@@ -1,5 +1,6 @@
 """Photographs from outside: varieties of files that other programs write, judged by Pillow and tifffile."""
 import struct
+import time
 import tracemalloc
 import warnings
 import zlib
@@ -115,6 +116,16 @@ def test_damaged_exif_and_profile_do_not_stop_a_photo(tmp_path, picture):
     assert len(caught) == 2 and (photo.exif, photo.icc) == (b"", b"")
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+def test_damaged_sub_directory_of_exif_does_not_stop_the_writing(tmp_path, picture):
+    exif = bytearray(camera_exif().tobytes()[6:])
+    at = next(at for tag, _, at in ph._entries(exif, ph._get(exif, 4)) if tag == 0x8769)
+    ph._put(exif, ph._get(exif, at + 8), 60_000, 3)  # so many entries
+    Image.fromarray(picture).save(tmp_path / "a.jpg", exif=b"Exif\0\0" + exif)
+    photo = read_photo(tmp_path / "a.jpg")
+    with pytest.warns(UserWarning, match="out.jpg.*EXIF"): assert read_photo(write_photo(tmp_path / "out.jpg", photo)).exif == b""
+
+
 def test_tiff_keeps_resolution_and_any_script(tmp_path, picture):
     exif = Image.Exif()
     exif[282], exif[283], exif[296], exif[315] = 300.0, 300.0, 2, "José Ångström".encode()
@@ -217,6 +228,19 @@ def test_packed_texts_cannot_fill_the_memory(tmp_path, picture):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 20e6 and read_photo(out).texts == texts[1:]
+
+
+@pytest.mark.parametrize("xmp", [b'<x xmlns:t="http://ns.adobe.com/tiff/1.0/" t:Orientation="6"' + b" " * 1_000_000 + b"/>", b"<x><!--" + b"<?xpacket " * 90_000 + b"--></x>",
+                                 b"<x>" + b"<rdf:RDF " * 90_000], ids=["spaces", "wrappers", "unclosed"])
+def test_xmp_takes_time_in_proportion_to_its_size(xmp):
+    start = time.process_time()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        clean = ph._clean_xmp(xmp, "x.jpg")
+    ph._xmp_segments(clean)
+    guid = ph._md5(xmp)
+    ph._joined_xmp(b'<a x:HasExtendedXMP="' + guid + b'"></rdf:RDF>', {guid: {0: xmp}})
+    assert time.process_time() - start < 2
 
 
 def photoshop(iptc):
