@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tifffile
 from hypothesis import given, settings, strategies as st
-from PIL import Image, ImageCms, IptcImagePlugin, PngImagePlugin, TiffImagePlugin
+from PIL import Image, IptcImagePlugin, PngImagePlugin, TiffImagePlugin
 from skimage.color import rgb2lab
 
 import autohdr.photo as ph
