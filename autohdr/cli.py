@@ -121,7 +121,7 @@ def _enhance_with_report(report, given):
     print(f"Report: {run_dir/'report.html'}")
     return pd.read_csv(run_dir/"photos.csv")
 
-# %% ../nbs/07_cli.ipynb #17326be8
+# %% ../nbs/07_cli.ipynb #4973d389
 @app.command()
 def enhance(
     source: Annotated[Path, typer.Argument(metavar="PHOTO-OR-FOLDER", help="A photo, or a folder of them, searched with its sub-folders.")],
@@ -129,7 +129,7 @@ def enhance(
     model: Annotated[Optional[Path], typer.Option(help="A look, or any trained model (model.safetensors of a run); the base look that ships with autohdr if left out.")] = None,
     strength: Annotated[Optional[float], typer.Option(min=0, max=1.5, help="Of the look: 0 the photo as it was, 1 the look, up to 1.5. This and the next three: as the look says if left out.")] = None,
     exposure: Annotated[Optional[float], typer.Option(min=-2, max=2, help="Brighter or darker than the look, in EV.")] = None,
-    warmth: Annotated[Optional[float], typer.Option(min=-1, max=1, help="Warmer or cooler than the look; 1 is 10 b* of a mid grey.")] = None,
+    warmth: Annotated[Optional[float], typer.Option(min=-1, max=1, help="Warmer or cooler than the look; 1 is 10 b* of a mid grey. A black-and-white photo is toned only by this.")] = None,
     window_pull: Annotated[Optional[float], typer.Option(min=0, max=1, help="0: windows as the look gives them, 1: the view at the photo's own exposure.")] = None,
     format: Annotated[Optional[str], typer.Option(help="jpg, png, tif or webp; each photo's own if left out.")] = None,
     quality: Annotated[int, typer.Option(min=1, max=100, help="Of JPEG and WebP.")] = 95,
@@ -360,7 +360,7 @@ def scenes(
     table = write_rooms(n, out, long_side, seed, spp)
     print(f"{len(table)} pairs of {table.property.nunique()} houses in {time.monotonic() - start:.0f} s; table: {out/'pairs.csv'}")
 
-# %% ../nbs/07_cli.ipynb #b8ba1aae
+# %% ../nbs/07_cli.ipynb #38ea73fc
 def _may_go_on(folder, spec, old, was) -> bool:
     "Would the unfinished run in a folder end as a new one does, and sooner?"
     from autohdr.runs.reproduce import moved
@@ -387,8 +387,8 @@ def _execute_into(recipe, given, folder, name, overwrite, go_on=False):
     _check_kind(folder, spec, old, was)
     if old["state"] == "running": raise AutohdrError(f"{folder} is being written by process {old['pid']} on {old['host']}: wait for it, or give another place.")
     if old["state"] == "complete" and not overwrite: raise AutohdrError(f"{folder} holds an earlier report: give another place, or say --overwrite to replace it.")
-    resume = go_on and old["state"] != "complete" and _may_go_on(folder, spec, old, was)
-    if resume: print(f"{folder}: going on where the run was that ended as {old['state']}", flush=True)
+    resume = go_on and not overwrite and _may_go_on(folder, spec, old, was)
+    if resume: print(f"{folder}: going on with the run that ended as {old['state']}; with --overwrite it starts anew", flush=True)
     return execute(spec, folder=folder, overwrite=not resume, resume=resume)
 
 # %% ../nbs/07_cli.ipynb #8b553c4a

@@ -29,7 +29,7 @@ from .postprocess.pipeline import postprocess, ready
 from .postprocess.tone import check_strength
 from .training.state import pick_device
 
-# %% ../nbs/05_enhance.ipynb #68975bbb
+# %% ../nbs/05_enhance.ipynb #424e73f4
 COLOUR = .02 # difference of the channels from which on a pixel has a colour
 
 def no_colour(
@@ -37,7 +37,10 @@ def no_colour(
 ) -> bool:
     "Is this a black-and-white photo?"
     if not is_grey(pixels): return False # some of the pixels tell of most photos
-    return all(in_strips(lambda rows: (pixels[rows].max(-1) - pixels[rows].min(-1)).max() < COLOUR, len(pixels), ROWS))
+    def colourless(rows):
+        r, g, b = (pixels[rows, :, i] for i in range(3))
+        return (np.maximum(np.maximum(r, g), b) - np.minimum(np.minimum(r, g), b)).max() < COLOUR
+    return all(in_strips(colourless, len(pixels), ROWS))
 
 def to_grey(
     pixels, # H x W x 3 float32 in [0,1], sRGB-encoded

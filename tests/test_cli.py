@@ -143,10 +143,11 @@ def test_what_was_left_unfinished_is_gone_on_with_where_that_is_sound(tmp_path, 
     with monkeypatch.context() as m:
         m.setattr(reproduce, "moved", lambda status: {"commit": ("a", "b")})
         assert not sound(make_spec(str(recipe), given(2))), "other code may give other results"
+    with pytest.raises(AutohdrError, match="killed"): go(2, overwrite=True)
+    assert not kept(), "whoever says --overwrite wants it from the start"
     flag.touch()
     assert read_status(go(2))["attempt"] == 2 and kept()
     with pytest.raises(AutohdrError, match="earlier report"): go(2)
-    assert read_status(go(2, overwrite=True))["attempt"] == 1 and not kept()
 
 
 def test_evaluate_lists_a_photo_without_partner(studio, tmp_path):
