@@ -7,7 +7,7 @@ __all__ = ['FORMATS', 'SUFFIXES', 'TIFF_TAGS', 'MAX_PIXELS', 'SRGB', 'ADOBE_RGB'
            'is_photo', 'find_photos', 'read_size', 'read_exif', 'resize', 'fit', 'read_photo', 'check_encoding',
            'write_photo']
 
-# %% ../nbs/01_photo.ipynb #0aa870e7
+# %% ../nbs/01_photo.ipynb #bbf0f6ce
 import hashlib, importlib, mmap, os, re, struct, warnings, zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ from io import BytesIO
 from pathlib import Path
 from xml.parsers import expat
 
-import cv2, imagecodecs, numpy as np, tifffile
+import cv2, imagecodecs, numpy as np, simplejpeg, tifffile
 from PIL import Image, JpegImagePlugin, TiffImagePlugin, WebPImagePlugin
 
 from .core import AutohdrError, atomic_path, check_name
@@ -672,18 +672,11 @@ def _reduction(
     "By how much the JPEG decoder may reduce."
     return max([f for f in (2, 4, 8) if long_side and max(height, width) >= f*long_side], default=1)
 
-# %% ../nbs/01_photo.ipynb #de374c6c
-@lru_cache(1)
-def _simplejpeg():
-    "The simplejpeg module, None if it is not installed."
-    try: return importlib.import_module("simplejpeg")
-    except ImportError: return None
-
-def _decode_strictly(data, header, by) -> np.ndarray | None:
-    "Values of a grey or RGB JPEG, an error if libjpeg finds the data corrupt; None without simplejpeg."
-    if not _simplejpeg(): return None
+# %% ../nbs/01_photo.ipynb #1b08ac64
+def _decode_strictly(data, header, by) -> np.ndarray:
+    "Values of a grey or RGB JPEG; an error if libjpeg finds the data corrupt."
     height, width = -(-header.height//by), -(-header.width//by)
-    try: codes = _simplejpeg().decode_jpeg(data, "GRAY" if header.channels == 1 else "RGB", min_height=height, min_width=width, min_factor=by)
+    try: codes = simplejpeg.decode_jpeg(data, "GRAY" if header.channels == 1 else "RGB", min_height=height, min_width=width, min_factor=by)
     except ValueError as e:
         if "Corrupt JPEG data" not in str(e) or _is_padding(data, str(e)): return imagecodecs.jpeg8_decode(data)  # a lesser oddity, or it raises too
         raise ValueError(f"it is damaged ({e})") from None
@@ -694,17 +687,11 @@ def _is_padding(data, message) -> bool:
     found, end = re.search(r"(\d+) extraneous bytes before marker 0xd9", message), _jpeg_end(data)
     return bool(found) and len(set(data[end-int(found[1]):end])) == 1
 
-# %% ../nbs/01_photo.ipynb #19893bd4
+# %% ../nbs/01_photo.ipynb #c00bee49
 def _decode_jpeg(data, header, long_side) -> np.ndarray:
     "Values of a JPEG as uint8, reduced by the decoder where that is enough; CMYK with 255 as full ink."
     if header.channels == 4: return _decode_cmyk(data)
-    by = _reduction(header.height, header.width, long_side)
-    if (codes := _decode_strictly(data, header, by)) is not None: return codes
-    if by == 1: return imagecodecs.jpeg8_decode(data)
-    mode = getattr(cv2, f"IMREAD_REDUCED_{'GRAYSCALE' if header.channels == 1 else 'COLOR'}_{by}")
-    codes = cv2.imdecode(np.frombuffer(data, np.uint8), mode | cv2.IMREAD_IGNORE_ORIENTATION)
-    if codes is None: raise ValueError("the decoder gave nothing")
-    return codes if codes.ndim == 2 else cv2.cvtColor(codes, cv2.COLOR_BGR2RGB)
+    return _decode_strictly(data, header, _reduction(header.height, header.width, long_side))
 
 def _decode_cmyk(data) -> np.ndarray:
     "Ink of a CMYK JPEG; Pillow knows that Adobe stores it inverted."

@@ -451,7 +451,6 @@ def test_jpeg_varieties(tmp_path, picture, options):
     with pytest.raises(PhotoError, match="hole.jpg"): read_photo(tmp_path / "hole.jpg")
 
 
-@pytest.mark.skipif(not ph._simplejpeg(), reason="needs simplejpeg, without which only truncation is noticed")
 @pytest.mark.parametrize("long_side", [None, 200])
 @pytest.mark.parametrize("options", [dict(), dict(progressive=True), dict(subsampling=0), dict(restart_marker_rows=4)], ids=str)
 def test_jpeg_damaged_in_the_middle_is_refused(tmp_path, options, long_side):
@@ -476,12 +475,15 @@ def test_padding_before_the_end_of_a_jpeg_is_no_damage(tmp_path, picture):
 
 
 @pytest.mark.parametrize("mode, size", [("L", (801, 603)), ("RGB", (801, 603)), ("RGB", (1601, 37))])
-def test_both_jpeg_decoders_give_the_same(tmp_path, mode, size, monkeypatch):
+def test_the_strict_jpeg_decoder_gives_the_usual_values(tmp_path, mode, size):
     noise = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
     Image.fromarray(cv2.GaussianBlur(noise, (0, 0), 2)).convert(mode).save(tmp_path / "a.jpg", quality=90)
-    first = [read_photo(tmp_path / "a.jpg", long_side).pixels for long_side in (None, 400, 200, 100)]
-    monkeypatch.setattr(ph, "_simplejpeg", lambda: None)
-    for a, long_side in zip(first, (None, 400, 200, 100)): assert np.array_equal(a, read_photo(tmp_path / "a.jpg", long_side).pixels)
+    data = (tmp_path / "a.jpg").read_bytes()
+    header, kind = ph._jpeg_header(data), "GRAYSCALE" if mode == "L" else "COLOR"
+    assert np.array_equal(ph._decode_strictly(data, header, 1), imagecodecs.jpeg8_decode(data))
+    for by in (2, 4, 8):
+        reduced = cv2.imdecode(np.frombuffer(data, np.uint8), getattr(cv2, f"IMREAD_REDUCED_{kind}_{by}"))
+        assert np.array_equal(ph._decode_strictly(data, header, by), reduced[..., ::-1] if mode == "RGB" else reduced)
 
 
 def test_wrongly_named_file_is_told_by_its_content(tmp_path, picture):
@@ -531,10 +533,8 @@ def test_small_reads_use_the_decoders_reduction(tmp_path, monkeypatch):
     large = np.uint8(127 + 60 * np.sin(x / 90)[..., None] * np.cos(y / 70)[..., None] * np.float32([1, 0.8, 0.5]))
     (tmp_path / "a.jpg").write_bytes(imagecodecs.jpeg8_encode(large, 95))
     full = resize(read_photo(tmp_path / "a.jpg").pixels, 341, 512)
-    sizes, decode = [], cv2.imdecode
-    monkeypatch.setattr(ph, "_simplejpeg", lambda: None)
-    monkeypatch.setattr(ph.cv2, "imdecode", lambda *a: (out := decode(*a), sizes.append(out.shape))[0])
-    monkeypatch.setattr(ph.imagecodecs, "jpeg8_decode", lambda *a: pytest.fail("decoded at full size"))
+    sizes, decode = [], ph._decode_strictly
+    monkeypatch.setattr(ph, "_decode_strictly", lambda *a: (out := decode(*a), sizes.append(out.shape))[0])
     small = read_photo(tmp_path / "a.jpg", long_side=512)
     assert sizes == [(400, 600, 3)], "a quarter: the smallest that is not below 512"
     assert small.pixels.shape == (341, 512, 3) and np.abs(small.pixels - full).max() < 0.02
