@@ -165,7 +165,7 @@ def _any_exif(file) -> bytes:
     try: return _cr3_exif(file) if is_film else _tiff_exif(file)
     except Exception: return b""
 
-# %% ../nbs/01_photo.ipynb #cd553262
+# %% ../nbs/01_photo.ipynb #73bf1979
 _MOST_XMP = 1 << 22  # bytes; brush strokes of an editor reach megabytes
 _STALE = {f"{space} {name}" for space, names in {
     "http://ns.adobe.com/tiff/1.0/": "Orientation ImageWidth ImageLength BitsPerSample Compression PhotometricInterpretation "
@@ -177,16 +177,16 @@ _STALE = {f"{space} {name}" for space, names in {
     "http://ns.google.com/photos/1.0/container/": "Directory",
     "http://ns.google.com/photos/1.0/camera/": "MicroVideo MicroVideoOffset MotionPhoto"}.items() for name in names.split()}
 
-def _is_stale(name, is_raw) -> bool:
-    "Whether this property (as expat names it) does not hold for the edited picture; an editor's settings for a RAW file do not hold for its development."
-    return " ".join(name.split(" ")[:2]) in _STALE or is_raw and name.startswith("http://ns.adobe.com/camera-raw-")
+def _is_stale(name) -> bool:
+    "Whether this property (as expat names it) does not hold for the edited picture."
+    return " ".join(name.split(" ")[:2]) in _STALE or name.startswith("http://ns.adobe.com/camera-raw-")
 
-# %% ../nbs/01_photo.ipynb #8bed9d7f
+# %% ../nbs/01_photo.ipynb #02f070f1
 _TAG = re.compile(rb"""<(?:[^"'>]|"[^"]*"|'[^']*')*>""")
 _ATTRIBUTE = re.compile(rb"""\s([^\s=]+)\s*=\s*(?:"[^"]*"|'[^']*')""")
 
 def _stale_parts(
-    xmp: bytes, is_raw: bool,
+    xmp: bytes,
 ) -> list: # (start, end, replacement), in order
     "The parts of an XMP packet that are to be replaced; raises if it is not sound XML in UTF-8."
     parts, opened, depth = [], None, 0
@@ -197,8 +197,8 @@ def _stale_parts(
         nonlocal depth, opened
         depth += 1
         if opened: return
-        tag, stale = _TAG.match(xmp, parser.CurrentByteIndex), {short(n) for n in attributes if _is_stale(n, is_raw)}
-        if _is_stale(name, is_raw): opened = depth, tag, b"<%b>1</%b>" % (short(name), short(name)) if " Orientation" in name else b""
+        tag, stale = _TAG.match(xmp, parser.CurrentByteIndex), {short(n) for n in attributes if _is_stale(n)}
+        if _is_stale(name): opened = depth, tag, b"<%b>1</%b>" % (short(name), short(name)) if " Orientation" in name else b""
         elif stale: parts.append((tag.start(), tag.end(), _ATTRIBUTE.sub(lambda a: _fresh(a) if a[1] in stale else a[0], tag[0])))
     def end(name):
         nonlocal depth, opened
@@ -215,27 +215,30 @@ def _stale_parts(
 
 def _fresh(attribute) -> bytes: return b' %b="1"' % attribute[1] if attribute[1].endswith(b":Orientation") else b""
 
-# %% ../nbs/01_photo.ipynb #9d9f625f
+# %% ../nbs/01_photo.ipynb #a1e2db10
+_NOTE = re.compile(rb"""\s[\w.-]+:HasExtendedXMP\s*=\s*["']([0-9A-Fa-f]{32})["']"""  # as an attribute or, as exiftool has it, an element
+                   rb"""|<[\w.-]+:HasExtendedXMP\s*>\s*([0-9A-Fa-f]{32})\s*</[\w.-]+:HasExtendedXMP\s*>""")
+
 def _clean_xmp(
     xmp: bytes, # as found in the file
     path, # for the warning
-    is_raw: bool = False,
 ) -> bytes:
     "Take what does not hold for an edited picture out of an XMP packet; one that cannot be read is dropped with a warning."
     try:
         if len(xmp) > _MOST_XMP: raise ValueError(f"it has more than {_MOST_XMP:,} bytes")
         xmp = xmp.rstrip(b"\0")
-        parts = _stale_parts(xmp, is_raw) if xmp else []
+        parts = _stale_parts(xmp) if xmp else []
     except (ValueError, expat.ExpatError) as e:
         warnings.warn(f"{path}: its XMP data cannot be used ({e}) and was dropped.")
         return b""
+    if _NOTE.search(xmp): warnings.warn(f"{path}: its XMP data has an extension that is missing or damaged and was dropped.")
     kept, at = [], 0
     for start, end, instead in parts:
         kept += [xmp[at:start], instead]
         at = end
     return b"".join([*kept, xmp[at:]])
 
-# %% ../nbs/01_photo.ipynb #7e5d04fb
+# %% ../nbs/01_photo.ipynb #996455f8
 _XMP, _MORE_XMP = b"http://ns.adobe.com/xap/1.0/\0", b"http://ns.adobe.com/xmp/extension/\0"
 
 def _xmp_note(guid: bytes) -> bytes:
@@ -260,11 +263,12 @@ def _joined_xmp(
     pieces: dict, # name of the extension: {offset: bytes}
 ) -> bytes: # as it was, with its note, if the extension is not whole
     "A packet with its extension put into it."
-    found = re.search(rb"""\s[\w.-]+:HasExtendedXMP\s*=\s*["']([0-9A-Fa-f]{32})["']""", xmp)
-    parts = pieces.get(found[1], {}) if found else {}
+    found = _NOTE.search(xmp)
+    guid = (found[1] or found[2]) if found else b""
+    parts = pieces.get(guid, {})
     more = b"".join(parts[i] for i in sorted(parts))
-    if not parts or _md5(more) != found[1].upper(): return xmp
-    if xmp == _xmp_note(found[1]): return more
+    if not parts or _md5(more) != guid.upper(): return xmp
+    if xmp == _xmp_note(guid): return more
     first, last, at = more.find(b">", more.find(b"<rdf:RDF")) + 1, more.rfind(b"</rdf:RDF"), xmp.rfind(b"</rdf:RDF")
     return (xmp[:at] + more[first:last] + xmp[at:]).replace(found[0], b"") if 0 < first < last and at > 0 else xmp
 
@@ -297,8 +301,8 @@ class _Header:
     texts: tuple = ()    # as in `Photo`
     density: tuple = ()
 
-# %% ../nbs/01_photo.ipynb #28671972
-_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])", re.S)  # inside a scan, ff00 is data and ffd0-ffd7 are restarts
+# %% ../nbs/01_photo.ipynb #f53dfe07
+_MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])", re.S)  # inside a scan, ff00 is data and ffd0-ffd7 are restarts; ff before ff is filling
 
 def _jpeg_segments(data):
     "Yield (marker, payload, position after it) up to the first scan (ITU T.81, annex B)."
@@ -319,7 +323,7 @@ def _jpeg_end(data) -> int:
         at = found.end() + (struct.unpack_from(">H", data, found.end())[0] if found.end() + 2 <= len(data) else 2)
     return 0
 
-# %% ../nbs/01_photo.ipynb #b7b5de86
+# %% ../nbs/01_photo.ipynb #eadecec2
 def _jpeg_header(data) -> _Header:
     "Size, EXIF and ICC profile (which may lie in several pieces, ICC.1 annex B.4) of a JPEG."
     header, pieces = _Header("JPEG", 0, 0), {}
@@ -332,13 +336,15 @@ def _jpeg_header(data) -> _Header:
     _jpeg_texts(header, data)
     return header
 
+def _density(across, down, over) -> tuple: return (across, down, over) if across and down else ()  # no dots at all say nothing
+
 def _jpeg_texts(header, data):
     "Put XMP, IPTC, comments and density (JFIF 1.02) of a JPEG into its header."
     xmp, pieces, blocks, texts = b"", {}, [], []
     for marker, payload, _ in _jpeg_segments(data):
         if marker == 0xe0 and payload[:5] == b"JFIF\0" and len(payload) >= 12:
             unit, across, down = struct.unpack_from(">BHH", payload, 7)
-            if unit <= 2 and payload[7:12] != b"\0\0\1\0\1": header.density = across, down, (0, 0.0254, 0.01)[unit]
+            if unit <= 2 and payload[7:12] != b"\0\0\1\0\1": header.density = _density(across, down, (0, 0.0254, 0.01)[unit])
         elif marker == 0xe1 and payload.startswith(_XMP): xmp = xmp or payload[len(_XMP):]
         elif marker == 0xe1 and payload.startswith(_MORE_XMP) and len(payload) >= 75:
             pieces.setdefault(payload[35:67], {})[struct.unpack_from(">I", payload, 71)[0]] = payload[75:]
@@ -346,7 +352,7 @@ def _jpeg_texts(header, data):
         elif marker == 0xfe: texts.append((b"tEXt", b"Comment\0" + payload))
     header.xmp, header.iptc, header.texts = _joined_xmp(xmp, pieces), _iptc_of(b"".join(blocks)), tuple(texts)
 
-# %% ../nbs/01_photo.ipynb #9a8ee471
+# %% ../nbs/01_photo.ipynb #674b0c40
 def _png_chunks(data):
     "Yield (name, payload) of every chunk, the picture's own excepted (PNG specification, 5.3)."
     at, name = 8, b""
@@ -369,7 +375,7 @@ def _png_header(data) -> _Header:
         elif name == b"iCCP": header.icc = zlib.decompressobj().decompress(payload[payload.index(b"\0")+2:], 1 << 24)
         elif name == b"iTXt" and payload.startswith(_PNG_XMP): header.xmp = _png_xmp(payload)
         elif name in (b"tEXt", b"zTXt", b"iTXt") and not payload.startswith(b"Raw profile type "): texts.append((name, payload))
-        elif name == b"pHYs": header.density = struct.unpack(">IIB", payload)
+        elif name == b"pHYs" and len(payload) == 9 and payload[8] <= 1: header.density = _density(*struct.unpack(">IIB", payload))
     header.texts = tuple(texts)
     return header
 
@@ -672,26 +678,47 @@ def _reduction(
     "By how much the JPEG decoder may reduce."
     return max([f for f in (2, 4, 8) if long_side and max(height, width) >= f*long_side], default=1)
 
-# %% ../nbs/01_photo.ipynb #1b08ac64
-def _decode_strictly(data, header, by) -> np.ndarray:
-    "Values of a grey or RGB JPEG; an error if libjpeg finds the data corrupt."
+# %% ../nbs/01_photo.ipynb #3fc77e0b
+def _usual(data, channels) -> bytes:
+    "The JPEG with what is odd about its header, and harmless, as libjpeg takes it."
+    data, changes, frame = bytes(data), {}, 0
+    for marker, payload, end in _jpeg_segments(data):
+        at = end - len(payload)
+        if 0xc0 <= marker <= 0xc2: frame = marker
+        if marker == 0xe0 and payload[:5] == b"JFIF\0" and len(payload) > 5: changes[at+5] = b"\1"
+        if marker == 0xee and payload[:5] == b"Adobe" and len(payload) > 11 and payload[11]: changes[at+11] = b"\2" if channels == 4 else b"\1"
+        if marker == 0xda and frame in (0xc0, 0xc1): changes[end-3] = b"\0\x3f\0"
+    changes = {at: new for at, new in changes.items() if data[at:at+len(new)] != new}
+    for at, new in changes.items(): data = data[:at] + new + data[at+len(new):]
+    return data
+
+def _decode_strictly(data, header, by, colours) -> tuple: # values or None, and what leaves it open whether there is damage
+    "Values of a JPEG; an error if libjpeg finds the data corrupt, None if there is something else that it does not like."
     height, width = -(-header.height//by), -(-header.width//by)
-    try: codes = simplejpeg.decode_jpeg(data, "GRAY" if header.channels == 1 else "RGB", min_height=height, min_width=width, min_factor=by)
-    except ValueError as e:
-        if "Corrupt JPEG data" not in str(e) or _is_padding(data, str(e)): return imagecodecs.jpeg8_decode(data)  # a lesser oddity, or it raises too
-        raise ValueError(f"it is damaged ({e})") from None
-    return codes[..., 0] if header.channels == 1 else codes
+    try: return simplejpeg.decode_jpeg(_usual(data, header.channels), colours, min_height=height, min_width=width, min_factor=by), ""
+    except ValueError as e: said = str(e)
+    if _is_padding(data, said): return None, ""
+    if "Corrupt JPEG data" in said or "Premature end" in said: raise ValueError(f"it is damaged ({said})")
+    return None, said
 
 def _is_padding(data, message) -> bool:
     "Whether the bytes that libjpeg found superfluous before the end marker are all the same."
-    found, end = re.search(r"(\d+) extraneous bytes before marker 0xd9", message), _jpeg_end(data)
-    return bool(found) and len(set(data[end-int(found[1]):end])) == 1
+    found = re.search(r"(\d+) extraneous bytes before marker 0xd9", message)
+    if not found: return False
+    end = _jpeg_end(data)
+    while data[end-1] == 255: end -= 1  # filling, which libjpeg does not count
+    return len(set(data[end-int(found[1]):end])) == 1
 
-# %% ../nbs/01_photo.ipynb #c00bee49
-def _decode_jpeg(data, header, long_side) -> np.ndarray:
+# %% ../nbs/01_photo.ipynb #e0f6b63a
+def _decode_jpeg(data, header, long_side, path) -> np.ndarray:
     "Values of a JPEG as uint8, reduced by the decoder where that is enough; CMYK with 255 as full ink."
-    if header.channels == 4: return _decode_cmyk(data)
-    return _decode_strictly(data, header, _reduction(header.height, header.width, long_side))
+    by = 8 if header.channels == 4 else _reduction(header.height, header.width, long_side)
+    codes, doubt = _decode_strictly(data, header, by, {1: "GRAY", 4: "CMYK"}.get(header.channels, "RGB"))
+    if header.channels == 4: codes = _decode_cmyk(data)
+    elif codes is None: codes = imagecodecs.jpeg8_decode(data)
+    elif header.channels == 1: codes = codes[..., 0]
+    if doubt: warnings.warn(f"{path}: whether it is damaged cannot be told ({doubt}). Look at the photo.")
+    return codes
 
 def _decode_cmyk(data) -> np.ndarray:
     "Ink of a CMYK JPEG; Pillow knows that Adobe stores it inverted."
@@ -718,7 +745,7 @@ def _unmultiplied(codes, alpha) -> np.ndarray:
     alpha = alpha if codes.ndim == 2 else alpha[..., None]
     return np.clip(np.rint(codes/np.maximum(alpha, 1)*float(full)), 0, full).astype(codes.dtype)
 
-# %% ../nbs/01_photo.ipynb #b37bafb9
+# %% ../nbs/01_photo.ipynb #bae2ea82
 def _develop(path, long_side) -> np.ndarray:
     "A RAW file as 16-bit sRGB, upright; at half size, which needs no interpolation, where that is enough."
     rawpy = _rawpy(path)
@@ -733,7 +760,7 @@ def _decode(path, header, data, long_side) -> tuple:
     if header.format == "TIFF": return _decode_tiff(data)
     if header.format == "JPEG":
         if not _jpeg_end(data): raise ValueError("it is truncated")
-        return _decode_jpeg(data, header, long_side), None
+        return _decode_jpeg(data, header, long_side, path), None
     codes = imagecodecs.png_decode(data) if header.format == "PNG" else imagecodecs.webp_decode(data)
     if codes.ndim == 2 or codes.shape[2] == 3: return codes, None
     return (codes[..., 0] if codes.shape[2] == 2 else codes[..., :3]), codes[..., -1]
@@ -765,7 +792,7 @@ def _says_adobe(exif) -> bool:
         return found.get_ifd(0x8769).get(40961) == 65535 and str(found.get_ifd(0xA005).get(1, "")).startswith("R03")
     except Exception: return False
 
-# %% ../nbs/01_photo.ipynb #fea99789
+# %% ../nbs/01_photo.ipynb #a05f49b2
 def read_photo(
     path, # JPEG, PNG, TIFF, WebP or RAW; a suffix in `SUFFIXES`
     long_side: int | None = None, # reduce so that the longer side is this; None is full size
@@ -778,7 +805,7 @@ def read_photo(
         file.seek(0)
         codes, alpha = _decode(path, header, b"" if header.format == "RAW" else file.read(), long_side)
         exif, orientation = _clean_exif(header.exif, path)
-        header.xmp = _clean_xmp(header.xmp, path, header.format == "RAW")
+        header.xmp = _clean_xmp(header.xmp, path)
         if header.format == "RAW": orientation = 1  # LibRaw has turned it
         if header.format == "TIFF": orientation = header.orientation
         return _finish(path, header, _upright(codes, orientation), None if alpha is None else _upright(alpha, orientation), exif, long_side)
@@ -823,7 +850,7 @@ def _stored(photo, grey: bool, depth: int) -> tuple: # H x W [x 3] integers, and
     _strips(work, len(p))
     return codes, space.icc
 
-# %% ../nbs/01_photo.ipynb #55e61104
+# %% ../nbs/01_photo.ipynb #391938c0
 def _jpeg_exif(exif: bytes, path) -> bytes:
     "An EXIF block that fits into a JPEG segment."
     if len(exif) <= 65527: return exif
@@ -844,10 +871,16 @@ def _carried(path, name, photo, icc, height, width) -> Photo:
     if name in ("TIFF", "WEBP"): texts = ()
     if name in ("PNG", "WEBP") or name == "JPEG" and len(iptc) > 65506: iptc = b""
     lost = [what for what, kept, had in (("IPTC data", iptc, photo.iptc), ("text chunks", texts, photo.texts)) if len(kept) < len(had)]
+    if name == "WEBP" and _has_resolution(photo.density, exif): lost.append("resolution")
     if lost: warnings.warn(f"{path}: {name} has no place for the photo's {' and '.join(lost)}, left out.")
     return replace(photo, exif=exif, icc=icc, iptc=iptc, texts=texts)
 
-# %% ../nbs/01_photo.ipynb #38cf05a7
+def _has_resolution(density, exif) -> bool:
+    "Whether there is a resolution that EXIF does not hold as well; a mere ratio is none, and 72 dpi is what stands for none."
+    if not density or not density[2] or {round(d*0.0254/density[2]) for d in density[:2]} == {72}: return False
+    return not exif or 282 not in {tag for tag, _, _ in _entries(exif, _get(exif, 4))}
+
+# %% ../nbs/01_photo.ipynb #def73078
 def _with_segments(data, photo) -> bytes:
     "A JPEG with the metadata of the photo after its JFIF header."
     segment = lambda marker, payload: struct.pack(">BBH", 255, marker, len(payload) + 2) + payload
@@ -864,7 +897,7 @@ def _with_density(head, density) -> bytes:
     "The beginning of a JPEG with the density in its JFIF header; dots per metre, which JFIF does not know, become dots per inch."
     if not density or head[6:11] != b"JFIF\0": return head
     across, down, over = density if density[2] != 1 else (*(round(d*0.0254) for d in density[:2]), 0.0254)
-    return head[:13] + struct.pack(">BHH", (0, 0.0254, 0.01).index(over), min(across, 65535), min(down, 65535)) + head[18:]
+    return head[:13] + struct.pack(">BHH", (0, 0.0254, 0.01).index(over), *(min(max(d, 1), 65535) for d in (across, down))) + head[18:]
 
 def _with_chunks(data, photo) -> bytes:
     "A PNG with the metadata of the photo after its header."

@@ -1,4 +1,5 @@
 """Photographs from outside: varieties of files that other programs write, judged by Pillow and tifffile."""
+import re
 import struct
 import time
 import tracemalloc
@@ -186,12 +187,14 @@ def test_xmp_survives_every_change_of_format_and_tells_no_lies(tmp_path, picture
     with Image.open(out) as image: image.load()
 
 
-def test_xmp_of_a_raw_file_loses_the_settings_of_its_development(tmp_path, picture):
+def test_xmp_loses_the_settings_of_a_development(tmp_path, picture):
     crs = 'xmlns:crs="http://ns.adobe.com/camera-raw-settings/1.0/"'
     stale = editor_xmp(f'{crs} crs:Temperature="5200"', "<crs:Masks><rdf:Seq><rdf:li>1</rdf:li></rdf:Seq></crs:Masks>")
     tifffile.imwrite(tmp_path / "a.tif", picture, photometric="rgb", extratags=[(700, 1, len(stale), stale, True), (33723, 7, len(IPTC), IPTC, True)])
     with open(tmp_path / "a.tif", "rb") as file: assert ph._raw_texts(file) == (stale, IPTC)
-    assert ph._clean_xmp(stale, "a.dng", is_raw=True) == editor_xmp(crs) and ph._clean_xmp(stale, "a.tif") == stale
+    assert read_photo(tmp_path / "a.tif").xmp == ph._clean_xmp(stale, "a.dng") == editor_xmp(crs)
+    save_with_xmp(tmp_path / "a.jpg", picture, stale)
+    assert b"5200" not in write_photo(tmp_path / "out.jpg", read_photo(tmp_path / "a.jpg")).read_bytes(), "an editor would apply them again"
     film = b"\0\0\0\x18ftypcrx " + bytes(12) + struct.pack(">I", 24 + len(stale)) + b"uuid" + bytes.fromhex("be7acfcb97a942e89c71999491e3afac") + stale
     assert ph._raw_texts(BytesIO(film + b"more")) == (stale, b"")
 
@@ -205,7 +208,16 @@ def test_long_xmp_goes_through_a_jpeg_as_extended_xmp(tmp_path, picture):
     with Image.open(tmp_path / "out.jpg") as image: assert b"HasExtendedXMP" in image.info["xmp"] and np.asarray(image).shape == picture.shape
     data = (tmp_path / "out.jpg").read_bytes()
     (tmp_path / "hole.jpg").write_bytes(data.replace(b"." * 60_000, b"." * 59_999 + b"x", 1))  # no longer what its sum says
-    assert b"HasExtendedXMP" not in read_photo(tmp_path / "hole.jpg").xmp
+    with pytest.warns(UserWarning, match="hole.jpg.*extension"): assert b"HasExtendedXMP" not in read_photo(tmp_path / "hole.jpg").xmp
+    attribute = re.search(rb" xmpNote:HasExtendedXMP=\"(\w+)\"/>", data)
+    element = b"><xmpNote:HasExtendedXMP>%b</xmpNote:HasExtendedXMP></rdf:Description>" % attribute[1]  # as exiftool writes it
+    at = data.rindex(b"\xff\xe1", 0, attribute.start()) + 2
+    size = struct.unpack_from(">H", data, at)[0] + len(element) - len(attribute[0])
+    (tmp_path / "element.jpg").write_bytes(data[:at] + struct.pack(">H", size) + data[at + 2:attribute.start()] + element + data[attribute.end():])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = read_photo(tmp_path / "element.jpg").xmp
+    assert b"Bad" + b"." * 200_000 in found and b"HasExtendedXMP" not in found
 
 
 @pytest.mark.parametrize("xmp", [b'<!DOCTYPE x [<!ENTITY a "aaaaaaaa"><!ENTITY b "&a;&a;&a;&a;">]><x>&b;</x>', editor_xmp()[:-80], b"<a>" * 200_000,
@@ -286,7 +298,7 @@ def test_comments_texts_and_resolution_survive(tmp_path, picture):
                 if suffix == target == "png": assert (image.text["Author"], image.text["Title"], image.text["Title"].tkey) == ("José", "台所", "题目")
             again = read_photo(out)
             if suffix == target: assert (again.texts, again.density, again.exif) == (photo.texts, photo.density, photo.exif)
-    with pytest.warns(UserWarning, match="out.webp.*text chunks"): write_photo(tmp_path / "out.webp", read_photo(tmp_path / "in.jpg"))
+    with pytest.warns(UserWarning, match="out.webp.*text chunks and resolution"): write_photo(tmp_path / "out.webp", read_photo(tmp_path / "in.jpg"))
     with pytest.warns(UserWarning, match="out.webp.*IPTC"): write_photo(tmp_path / "out.webp", Photo(picture / np.float32(255), iptc=IPTC))
 
 
@@ -474,16 +486,86 @@ def test_padding_before_the_end_of_a_jpeg_is_no_damage(tmp_path, picture):
     assert np.array_equal(ph._quantised(read_photo(tmp_path / "a.jpg").pixels, 8), imagecodecs.jpeg8_decode(data))
 
 
+def test_filling_takes_time_in_proportion_to_its_size(picture):
+    data = imagecodecs.jpeg8_encode(picture, 95)
+    start = time.process_time()
+    assert ph._jpeg_end(data[:-2] + b"\xff" * 200_000) == 0 and ph._jpeg_end(data[:-2] + b"\xff" * 200_000 + b"\xd9") == len(data) + 199_997
+    assert time.process_time() - start < 1
+    assert ph._is_padding(data[:-2] + bytes(9) + b"\xff\xff\xff\xd9", "9 extraneous bytes before marker 0xd9")
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.sampled_from([0, 0xff, 0xd0, 0xd7, 0xd9, 0xda, 1]), max_size=40).map(bytes), st.integers(0, 40))
+def test_markers_are_found_as_their_definition_has_it(data, at):
+    "Any number of FF, then a code: of which none is missed in the middle of a run."
+    slow = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])", re.S)
+    assert [(m.end(), m[1]) for m in ph._MARKER.finditer(data, at)] == [(m.end(), m[1]) for m in slow.finditer(data, at)]
+
+
+def odd_jpegs(picture):
+    "Name, data and colours of JPEGs with what is odd about their headers, though harmless."
+    out = {}
+    for mode in ("RGB", "CMYK"):
+        buffer = BytesIO()
+        Image.fromarray(picture).convert(mode).save(buffer, "JPEG", quality=90)
+        out[mode] = bytearray(buffer.getvalue())
+    yield "plain cmyk", bytes(out["CMYK"])
+    version, scan = bytearray(out["RGB"]), bytearray(out["RGB"])
+    version[11] = 2
+    yield "version", bytes(version)
+    scan[scan.index(b"\xff\xda") + 12] = 0  # the last coefficient, which is 63
+    yield "scan", bytes(scan)
+    transform = bytearray(out["CMYK"])
+    transform[transform.index(b"Adobe") + 11] = 7
+    yield "transform", bytes(transform)
+
+
+def test_a_harmless_oddity_hides_no_damage(tmp_path):
+    rng = np.random.default_rng(0)
+    large = cv2.resize(rng.integers(30, 226, (30, 40, 3), dtype=np.uint8), (400, 300)) + rng.integers(0, 20, (300, 400, 3), dtype=np.uint8)
+    for name, data in odd_jpegs(large):
+        path, middle = tmp_path / f"{name}.jpg", len(data) // 2
+        path.write_bytes(data)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert read_photo(path).pixels.shape == (300, 400, 3), name
+        for at in (middle // 2, middle, middle * 3 // 2):
+            path.write_bytes(data[:at] + rng.integers(0, 255, 400, dtype=np.uint8).tobytes() + data[at + 400:])  # no markers
+            with pytest.raises(PhotoError, match=f"{name}.jpg.*damaged"): read_photo(path)
+        path.write_bytes(data[:-2] + bytes(50) + data[-2:])
+        assert read_photo(path).pixels.shape == (300, 400, 3), "padding is no damage"
+
+
+def test_what_hides_damage_is_told(tmp_path, picture):
+    Image.fromarray(picture).save(tmp_path / "a.jpg", progressive=True)
+    data = (tmp_path / "a.jpg").read_bytes()
+    scans = [m.start() for m in re.finditer(rb"\xff\xda", data)]
+    twice = data[:scans[2]] + data[scans[1]:]  # the same coefficients again
+    (tmp_path / "twice.jpg").write_bytes(twice)
+    with pytest.warns(UserWarning, match="twice.jpg.*progression"): assert read_photo(tmp_path / "twice.jpg").pixels.shape == (60, 80, 3)
+
+
+@pytest.mark.filterwarnings("ignore:.*out.webp.*resolution")
+@pytest.mark.parametrize("payload", [struct.pack(">IIB", 2835, 2835, 2), bytes(8), struct.pack(">IIB", 0, 0, 1), struct.pack(">IIB", 1, 1, 1)], ids=["unit", "short", "none", "tiny"])
+def test_an_odd_resolution_of_a_png_does_not_stop_a_photo(tmp_path, picture, payload):
+    data = imagecodecs.png_encode(picture)
+    chunk = struct.pack(">I", len(payload)) + b"pHYs" + payload + struct.pack(">I", zlib.crc32(b"pHYs" + payload))
+    (tmp_path / "in.png").write_bytes(data[:33] + chunk + data[33:])
+    for target in ("png", "jpg", "tif", "webp"):
+        assert read_photo(write_photo(tmp_path / f"out.{target}", read_photo(tmp_path / "in.png"))).pixels.shape == picture.shape
+
+
 @pytest.mark.parametrize("mode, size", [("L", (801, 603)), ("RGB", (801, 603)), ("RGB", (1601, 37))])
 def test_the_strict_jpeg_decoder_gives_the_usual_values(tmp_path, mode, size):
     noise = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
     Image.fromarray(cv2.GaussianBlur(noise, (0, 0), 2)).convert(mode).save(tmp_path / "a.jpg", quality=90)
     data = (tmp_path / "a.jpg").read_bytes()
     header, kind = ph._jpeg_header(data), "GRAYSCALE" if mode == "L" else "COLOR"
-    assert np.array_equal(ph._decode_strictly(data, header, 1), imagecodecs.jpeg8_decode(data))
+    strictly = lambda by: ph._decode_strictly(data, header, by, "GRAY" if mode == "L" else "RGB")[0].squeeze()
+    assert np.array_equal(strictly(1), imagecodecs.jpeg8_decode(data))
     for by in (2, 4, 8):
         reduced = cv2.imdecode(np.frombuffer(data, np.uint8), getattr(cv2, f"IMREAD_REDUCED_{kind}_{by}"))
-        assert np.array_equal(ph._decode_strictly(data, header, by), reduced[..., ::-1] if mode == "RGB" else reduced)
+        assert np.array_equal(strictly(by), reduced[..., ::-1] if mode == "RGB" else reduced)
 
 
 def test_wrongly_named_file_is_told_by_its_content(tmp_path, picture):
@@ -534,7 +616,7 @@ def test_small_reads_use_the_decoders_reduction(tmp_path, monkeypatch):
     (tmp_path / "a.jpg").write_bytes(imagecodecs.jpeg8_encode(large, 95))
     full = resize(read_photo(tmp_path / "a.jpg").pixels, 341, 512)
     sizes, decode = [], ph._decode_strictly
-    monkeypatch.setattr(ph, "_decode_strictly", lambda *a: (out := decode(*a), sizes.append(out.shape))[0])
+    monkeypatch.setattr(ph, "_decode_strictly", lambda *a: (out := decode(*a), sizes.append(out[0].shape))[0])
     small = read_photo(tmp_path / "a.jpg", long_side=512)
     assert sizes == [(400, 600, 3)], "a quarter: the smallest that is not below 512"
     assert small.pixels.shape == (341, 512, 3) and np.abs(small.pixels - full).max() < 0.02
