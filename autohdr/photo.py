@@ -323,7 +323,7 @@ def _jpeg_end(data) -> int:
         at = found.end() + (struct.unpack_from(">H", data, found.end())[0] if found.end() + 2 <= len(data) else 2)
     return 0
 
-# %% ../nbs/01_photo.ipynb #eadecec2
+# %% ../nbs/01_photo.ipynb #f3aff172
 def _jpeg_header(data) -> _Header:
     "Size, EXIF and ICC profile (which may lie in several pieces, ICC.1 annex B.4) of a JPEG."
     header, pieces = _Header("JPEG", 0, 0), {}
@@ -331,7 +331,7 @@ def _jpeg_header(data) -> _Header:
         if 0xc0 <= marker <= 0xcf and marker not in (0xc4, 0xc8, 0xcc):
             header.height, header.width, header.channels = struct.unpack_from(">xHHB", payload)
         elif marker == 0xe1 and payload[:6] == b"Exif\0\0" and not header.exif: header.exif = payload[6:]
-        elif marker == 0xe2 and payload[:12] == b"ICC_PROFILE\0": pieces[payload[12]] = payload[14:]
+        elif marker == 0xe2 and payload[:12] == b"ICC_PROFILE\0" and len(payload) > 14: pieces[payload[12]] = payload[14:]
     header.icc = b"".join(pieces[i] for i in sorted(pieces))
     _jpeg_texts(header, data)
     return header
@@ -678,19 +678,21 @@ def _reduction(
     "By how much the JPEG decoder may reduce."
     return max([f for f in (2, 4, 8) if long_side and max(height, width) >= f*long_side], default=1)
 
-# %% ../nbs/01_photo.ipynb #3fc77e0b
+# %% ../nbs/01_photo.ipynb #a1c9a981
 def _usual(data, channels) -> bytes:
     "The JPEG with what is odd about its header, and harmless, as libjpeg takes it."
-    data, changes, frame = bytes(data), {}, 0
+    changes, frame = {}, 0
     for marker, payload, end in _jpeg_segments(data):
         at = end - len(payload)
         if 0xc0 <= marker <= 0xc2: frame = marker
         if marker == 0xe0 and payload[:5] == b"JFIF\0" and len(payload) > 5: changes[at+5] = b"\1"
         if marker == 0xee and payload[:5] == b"Adobe" and len(payload) > 11 and payload[11]: changes[at+11] = b"\2" if channels == 4 else b"\1"
+        if marker == 0xe2 and payload[:12] == b"ICC_PROFILE\0": changes[at] = b"-"  # whether the profile is sound is seen later
         if marker == 0xda and frame in (0xc0, 0xc1): changes[end-3] = b"\0\x3f\0"
-    changes = {at: new for at, new in changes.items() if data[at:at+len(new)] != new}
-    for at, new in changes.items(): data = data[:at] + new + data[at+len(new):]
-    return data
+    if all(data[at:at+len(new)] == new for at, new in changes.items()): return data
+    usual = bytearray(data)
+    for at, new in changes.items(): usual[at:at+len(new)] = new
+    return bytes(usual)
 
 def _decode_strictly(data, header, by, colours) -> tuple: # values or None, and what leaves it open whether there is damage
     "Values of a JPEG; an error if libjpeg finds the data corrupt, None if there is something else that it does not like."

@@ -536,6 +536,15 @@ def test_a_harmless_oddity_hides_no_damage(tmp_path):
         assert read_photo(path).pixels.shape == (300, 400, 3), "padding is no damage"
 
 
+def test_a_profile_in_odd_pieces_does_not_stop_a_photo(tmp_path, picture):
+    data = imagecodecs.jpeg8_encode(picture, 95)
+    for i, (number, count, more) in enumerate(((2, 1, 40), (1, 2, 40), (0, 0, 0))):
+        piece = b"ICC_PROFILE\0" + bytes([number, count]) + b"x" * more
+        (tmp_path / f"{i}.jpg").write_bytes(data[:20] + struct.pack(">HH", 0xffe2, len(piece) + 2) + piece + data[20:])
+        with pytest.warns(UserWarning, match="profile") if more else nullcontext(): photo = read_photo(tmp_path / f"{i}.jpg")
+        assert np.array_equal(ph._quantised(photo.pixels, 8), imagecodecs.jpeg8_decode(data))
+
+
 def test_what_hides_damage_is_told(tmp_path, picture):
     Image.fromarray(picture).save(tmp_path / "a.jpg", progressive=True)
     data = (tmp_path / "a.jpg").read_bytes()
