@@ -176,7 +176,7 @@ def _tell_look(out, run_dir, photos):
     for row in worst.itertuples(): print(f"worst: {row.name}, L1 {row.l1:.4f}: {row.words}")
     print(f"Look:    {out}\nReport:  {run_dir/'report.html'}\nUse it:  autohdr enhance {photos or 'PHOTOS'} --model {out} --out edited")
 
-# %% ../nbs/07_cli.ipynb #4e463ef0
+# %% ../nbs/07_cli.ipynb #9c54c0ef
 @app.command()
 def learn(
     source: Annotated[str, typer.Argument(metavar="PAIRS", help="A folder of before/after photos, a CSV, or 'samples'.")],
@@ -189,7 +189,7 @@ def learn(
     strength: Annotated[float, typer.Option(min=0, max=1.5, help="Default of enhance, stored in the look, as the next three.")] = 1.,
     exposure: Annotated[float, typer.Option(min=-2, max=2, help="EV.")] = 0.,
     warmth: Annotated[float, typer.Option(min=-1, max=1, help="1 is 10 b* of a mid grey.")] = 0.,
-    window_pull: Annotated[float, typer.Option(min=0, max=1, help="1: the view at the photo's own exposure.")] = 0.,
+    window_pull: Annotated[Optional[float], typer.Option(min=0, max=1, help="1: the view at the photo's own exposure; what brings the windows closest to the studio's if left out.")] = None,
     recipe: Annotated[Optional[str], typer.Option(help="Train this recipe, cross-validated, instead of what fits the number of pairs and the device.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of folds, weights and crops.")] = 0,
     overwrite: Annotated[bool, typer.Option(help="Replace a look and its report.")] = False,
@@ -199,7 +199,7 @@ def learn(
     import json
     place = _place_of(out, overwrite)
     given = dict(pairs=source, photos=photos or "", property_from=property_from or "", keep=json.dumps(keep), anyway=anyway, minutes=minutes, out=out.absolute(), seed=seed,
-                 way=recipe or "auto", strength=strength, exposure=exposure, warmth=warmth, window_pull=window_pull)
+                 way=recipe or "auto", strength=strength, exposure=exposure, warmth=warmth, window_pull=-1. if window_pull is None else window_pull)
     for text in parameter:
         if text.partition("=")[0].strip() in given: raise AutohdrError(f"-p {text}: say it as an option, see autohdr learn --help.")
     run_dir = _execute_into("learn", [*(f"{k}={v}" for k, v in given.items()), *parameter], place, out.stem, overwrite, True)

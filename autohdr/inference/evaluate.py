@@ -43,14 +43,14 @@ def evaluate_folders(
 
 def _side(file, pred): return "pred" if Path(file).is_relative_to(pred) else "target"
 
-# %% ../../nbs/inference/03_evaluate.ipynb #0aacead6
+# %% ../../nbs/inference/03_evaluate.ipynb #ff7f3de3
 def prediction_file(
     folder, # of the predictions
     name: str, # of the pair
 ) -> Path: # 8-bit PNG
     "Where the prediction of a photo is kept."
     file = name.replace("/", "__")
-    if len(file) <= 100 and re.fullmatch(r"[a-z0-9_+-][a-z0-9 ._+-]*", file) and file.replace("__", "/") == name: return Path(folder)/f"{file}.png"
+    if len(file) <= 100 and re.fullmatch(r"[\w+-][\w .+-]*", file) and file.replace("__", "/") == name: return Path(folder)/f"{file}.png"
     readable = re.sub(r"[^\w .+-]", "_", file)[:50] # 200 bytes at most
     return Path(folder)/f"{readable}~{hashlib.blake2b(name.encode('utf-8', 'surrogatepass'), digest_size=4).hexdigest()}.png"
 

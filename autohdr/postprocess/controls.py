@@ -153,14 +153,14 @@ def relight(
         for c in range(3): light[..., c] *= 1 + np.float32(gains[c] - 1)*share
     return light
 
-# %% ../../nbs/postprocess/04_controls.ipynb #4790648f
+# %% ../../nbs/postprocess/04_controls.ipynb #aa6e5fd6
 BRIGHT = .9 # share of the photo that a window's brightest tenth outshines
 
 def find_views(
     before, edit, # h x w x 3 in [0,1]
 ) -> np.ndarray: # h x w of bool
-    "Windows of the edit that are bright in the photo."
-    grey, mask = luma(before), find_windows(edit)
+    "Windows of the edit or of the photo that are bright in the photo."
+    grey, mask = luma(before), find_windows(edit) | find_windows(before)
     n, labels = cv2.connectedComponents(np.uint8(mask))
     limit = np.quantile(grey, BRIGHT)
     keep = np.array([False] + [np.quantile(grey[labels == i], .9) >= limit for i in range(1, n)])
