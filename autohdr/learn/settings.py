@@ -14,8 +14,8 @@ from scipy.stats import t as student
 from ..photo import fit
 from ..postprocess.controls import Controls, apply_controls, find_views, to_edges
 
-# %% ../../nbs/learn/09_settings.ipynb #edb10967
-EXPOSURES, WARMTHS, PULLS = (-.4, -.3, -.2, -.1, 0., .1, .2, .3, .4), (-.2, -.1, 0., .1, .2), (0., .15, .3, .45, .6, .8, 1.)
+# %% ../../nbs/learn/09_settings.ipynb #8f945a02
+EXPOSURES, WARMTHS, PULLS = (-.4, -.3, -.2, -.1, 0., .1, .2, .3, .4), (-.15, 0., .15), (0., .15, .3, .45, .6, .8, 1.)
 TRIED = dict(light=[dict(exposure=e, warmth=w) for e in EXPOSURES for w in WARMTHS], windows=[dict(window_pull=v) for v in PULLS])
 FEWEST = 4 # properties whose photos must tell
 SIDE = 384 # long side of the copies that are tried, px
