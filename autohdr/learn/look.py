@@ -65,7 +65,7 @@ def fold_pairs(
     if pairs["property"].nunique() == 1: raise AutohdrError("all pairs show one picture, or share photos with one another, so none can judge what is learnt from the others; add pairs of other rooms")
     return assign_folds(pairs.assign(fold=-1), min(folds, pairs["property"].nunique()), seed).reset_index(drop=True)
 
-# %% ../../nbs/learn/06_look.ipynb #dc94e15c
+# %% ../../nbs/learn/06_look.ipynb #d19976ca
 def learn_look(
     pairs: pd.DataFrame, # from the audit
     minutes: float = 15., # for all of it, about
@@ -87,6 +87,7 @@ def learn_look(
         print(f"one training takes {seconds:.1f} s; {plan.trainings()} of them, {trainers.workers} at a time: about {need:.1f} of the {minutes:.3g} minutes that are left" + (", more than there are" if need > left else ""), flush=True)
         return nested(fold_pairs(pairs, plan.folds, seed), photos, eyes, plan, trainers, fit, seed), eyes
 
+# %% ../../nbs/learn/06_look.ipynb #433925d3
 def may_start(
     pairs: pd.DataFrame, # to learn from
     fit: Fit = Fit(),

@@ -18,7 +18,7 @@ from ..core import check_name, each
 from ..data.exposures import camera_data
 from ..photo import read_exif, read_photo
 
-# %% ../../nbs/postprocess/06_grouping.ipynb #1dae557c
+# %% ../../nbs/postprocess/06_grouping.ipynb #1b9016d0
 SEEN, POINTS = 512, 600 # long side of the copy, px; points per photo
 RATIO, OFF, SHARED = .8, 1.5, 25 # of the distances of best and second-best match, at most; px from the epipolar line; points from which on two photos show the same
 PIECE, EXTENT = 3, .05 # px by which points that move as one differ; share of the square of the long side that a caption covers at most
@@ -40,6 +40,7 @@ def _matches(one, other): # n x 128, m x 128
         if best.distance < min(RATIO*second.distance, found[best.trainIdx].distance if best.trainIdx in found else np.inf): found[best.trainIdx] = best
     return np.array([(m.queryIdx, m.trainIdx) for m in found.values()], int)
 
+# %% ../../nbs/postprocess/06_grouping.ipynb #18326ac4
 def shared_points(
     one, other, # as `find_points` gives them
 ) -> int:
